@@ -90,9 +90,7 @@ class PayloadTooLarge(OrchestratorError):
     code = "PAYLOAD_TOO_LARGE"
 
     def __init__(self, limit_bytes: int) -> None:
-        super().__init__(
-            f"The request body is larger than {limit_bytes} bytes.", details={"limit_bytes": limit_bytes}
-        )
+        super().__init__(f"The request body is larger than {limit_bytes} bytes.", details={"limit_bytes": limit_bytes})
 
 
 class IdempotencyConflict(OrchestratorError):
@@ -201,9 +199,7 @@ class RateLimited(OrchestratorError):
     code = "RATE_LIMITED"
 
     def __init__(self, retry_after_s: int) -> None:
-        super().__init__(
-            f"Rate limit exceeded. Retry in {retry_after_s} seconds.", retry_after_s=retry_after_s
-        )
+        super().__init__(f"Rate limit exceeded. Retry in {retry_after_s} seconds.", retry_after_s=retry_after_s)
 
 
 class PortExhaustion(OrchestratorError):

@@ -227,9 +227,7 @@ def load_settings(**overrides: Any) -> Settings:
         lines = []
         for problem in error.errors(include_input=False, include_url=False):
             name = f"ORCH_{str(problem['loc'][0]).upper()}: " if problem["loc"] else ""
-            what = (
-                "required" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
-            )
+            what = "required" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
             lines.append(f"{name}{what}")
         raise ConfigurationError("; ".join(lines)) from None
     except SettingsError as error:
