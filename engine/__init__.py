@@ -1,1 +1,3 @@
-"""The reference engine."""
+"""The reference engine: one user's agent service. `python -m engine` runs it; nothing here needs the orchestrator."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,265 @@
+"""The engine's HTTP surface, as an ASGI application.
+
+    GET  /health               no key. 200 and status "ok" only when turns are taken; 503 "starting" or "draining"
+    POST /execute              one turn, as text/event-stream
+    GET  /history/{task_id}    the turns and messages of a task, newest `limit` (1 to 1000, default 200)
+    GET  /skills               name and description of each skill of the catalog
+    GET  /skills/{name}        one of them, with its instructions
+    POST /admin/key            live key rotation; 204 once it is durable
+
+Every path but /health needs `X-Engine-Key`, before anything else about the request is looked at. Every error is
+`{"error", "message", "details"}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from engine import __version__, bodies, catalog, key_store
+from engine.activity import Activity
+from engine.errors import (
+    Draining,
+    EngineError,
+    InternalError,
+    InvalidKey,
+    MethodNotAllowed,
+    NotFound,
+    SkillNotFound,
+    Starting,
+)
+from engine.turns import TurnRunner
+from engine.wire import ClientGone, EventStream, Request, Response, is_gone
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from engine.brain import Brain, Opened
+    from engine.keys import Keyring
+    from engine.responder import Responder
+    from engine.settings import Settings
+    from engine.wire import Receive, Scope, Send
+
+logger = logging.getLogger("engine")
+
+Phase = Literal["starting", "ok", "draining"]
+
+
+class Route(NamedTuple):
+    method: str
+    path: str
+    """Exact; or, where it ends in a slash, the beginning of a path whose rest is a name."""
+    handler: Callable[[Request], Awaitable[Response | EventStream]]
+
+
+class EngineApp:
+    def __init__(
+        self,
+        settings: Settings,
+        keyring: Keyring,
+        brain: Brain,
+        responder: Responder,
+        *,
+        started_at: float | None = None,
+    ) -> None:
+        self._settings = settings
+        self._keyring = keyring
+        self._brain = brain
+        self._responder = responder
+        self._activity = Activity()
+        self._turns = TurnRunner(brain, responder, self._activity)
+        self._catalog = catalog.Catalog()
+        self._opened: Opened | None = None
+        self._phase: Phase = "starting"
+        self._started_at = time.monotonic() if started_at is None else started_at
+        self._rotating = asyncio.Lock()
+        self._routes = (
+            Route("GET", "/skills", self._list_skills),
+            Route("GET", "/skills/", self._get_skill),
+            Route("GET", "/history/", self._get_history),
+            Route("POST", "/execute", self._execute),
+            Route("POST", "/admin/key", self._rotate_key),
+        )
+
+    # --- its life ---------------------------------------------------------------------------------------
+
+    async def boot(self) -> None:
+        """Returns when turns are taken. Raises StartupError."""
+        directory = self._settings.catalog_dir
+        loading = None if directory is None else asyncio.create_task(asyncio.to_thread(catalog.load, directory))
+        try:
+            self._opened = await self._brain.opened()
+            if loading is not None:
+                self._catalog = await loading
+        finally:
+            if loading is not None and not loading.done():
+                loading.cancel()
+        if self._phase == "starting":
+            self._phase = "ok"
+        logger.info(
+            "ready",
+            extra={
+                "boot_seconds": round(time.monotonic() - self._started_at, 3),
+                "schema_version": self._opened.schema_version,
+                "interrupted_turns": self._opened.interrupted_turns,
+                "key_generation": self._keyring.record.generation,
+            },
+        )
+
+    def begin_drain(self) -> None:
+        """From now on `/health` says "draining" and new turns are refused; everything else goes on."""
+        self._phase = "draining"
+        self._turns.refuse_new_turns()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Waits for the turns in flight; returns how many had to be interrupted after `timeout_s`."""
+        self.begin_drain()
+        return await self._turns.drain(timeout_s)
+
+    # --- a request --------------------------------------------------------------------------------------
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise ValueError(f"not an HTTP request: {scope['type']}")
+        request = Request(scope, receive)
+        try:
+            answer = await self._answer(request)
+        except ClientGone:
+            return
+        await answer.send(send)
+
+    async def _answer(self, request: Request) -> Response | EventStream:
+        try:
+            if request.path == "/health":
+                _require_method(request, ["GET"])
+                return self._health()
+            if not self._keyring.accepts(request.header(b"x-engine-key") or b""):
+                raise InvalidKey
+            handler = self._find(request)
+            if self._phase == "starting":
+                raise Starting
+            return await handler(request)
+        except ClientGone:
+            raise
+        except EngineError as exc:
+            return _error(exc)
+        except Exception:  # The last line of defence: the log gets the cause, the caller no traceback.
+            logger.exception("request failed", extra={"method": request.method, "path": request.path})
+            return _error(InternalError())
+
+    def _find(self, request: Request) -> Callable[[Request], Awaitable[Response | EventStream]]:
+        found = [
+            route
+            for route in self._routes
+            if request.path == route.path
+            or (route.path.endswith("/") and request.path.startswith(route.path) and request.path != route.path)
+        ]
+        if not found:
+            raise NotFound(request.path[:1000])
+        _require_method(request, [route.method for route in found])
+        return found[0].handler
+
+    # --- handlers ---------------------------------------------------------------------------------------
+
+    def _health(self) -> Response:
+        payload = {
+            "status": self._phase,
+            "uptime_seconds": round(time.monotonic() - self._started_at, 3),
+            "subsystems": {
+                "brain": self._brain_health(),
+                "catalog": self._catalog_health(),
+                "llm": self._responder.health(),
+                "engine": {"status": "ok", "version": __version__, "image": self._settings.image},
+                "activity": self._activity.snapshot(),
+            },
+        }
+        return Response(200 if self._phase == "ok" else 503, payload, ((b"cache-control", b"no-store"),))
+
+    def _brain_health(self) -> dict[str, Any]:
+        if self._opened is None:
+            return {"status": "starting"}
+        failure = self._brain.failure
+        state: dict[str, Any] = {"status": "ok"} if failure is None else {"status": "error", "detail": failure}
+        return {**state, **self._opened._asdict()}
+
+    def _catalog_health(self) -> dict[str, Any]:
+        if self._opened is None:
+            return {"status": "starting"}
+        if self._settings.catalog_dir is None:
+            return {"status": "empty", "detail": "CATALOG_DIR is not set"}
+        return {
+            "status": "empty" if self._catalog.is_empty else "ok",
+            "agents": len(self._catalog.agents),
+            "skills": len(self._catalog.skills),
+            "tools": len(self._catalog.tools),
+            "core_soul": self._catalog.soul is not None,
+        }
+
+    async def _execute(self, request: Request) -> EventStream:
+        if self._phase == "draining":
+            raise Draining
+        turn_request = bodies.execute(await request.json_object())
+        hang_up = asyncio.create_task(request.hang_up())
+        try:
+            # A frozen engine's host accepts connections for it: on thaw, requests of callers long gone come in.
+            if await is_gone(hang_up):
+                logger.info("caller gone, no turn begun", extra={"task_id": turn_request.task_id})
+                raise ClientGone
+            turn = await self._turns.start(turn_request)
+        except BaseException:
+            hang_up.cancel()
+            raise
+        return EventStream(turn.follow(), hang_up)
+
+    async def _get_history(self, request: Request) -> Response:
+        task_id = request.path.removeprefix("/history/")
+        limit = bodies.limit(request.query("limit"), default=200, high=1000)
+        return Response(200, await self._brain.history(task_id, limit))
+
+    async def _list_skills(self, _request: Request) -> Response:
+        skills = [
+            {"name": name, "description": skill["description"], "source": "platform", "read_only": True}
+            for name, skill in self._catalog.skills.items()
+        ]
+        return Response(200, {"skills": skills})
+
+    async def _get_skill(self, request: Request) -> Response:
+        name = request.path.removeprefix("/skills/")
+        skill = self._catalog.skills.get(name)
+        if skill is None:
+            raise SkillNotFound(name[:1000])
+        return Response(200, {**skill, "source": "platform", "read_only": True})
+
+    async def _rotate_key(self, request: Request) -> Response:
+        new = bodies.new_key(await request.json_object())
+        async with self._rotating:
+            before = self._keyring.record
+            after = self._keyring.rotated(*new)
+            if after.generation != before.generation:
+                try:
+                    await asyncio.to_thread(key_store.write, key_store.path_beside(self._brain.path), after)
+                except OSError as exc:
+                    logger.error("key record not stored", extra={"errno": exc.errno})
+                    raise InternalError from exc
+                self._keyring.adopt(after)
+                logger.info(
+                    "key rotated", extra={"generation": after.generation, "overlap_seconds": new.overlap_seconds}
+                )
+        return Response(204)
+
+
+def _require_method(request: Request, allowed: list[str]) -> None:
+    method = "GET" if request.method == "HEAD" else request.method
+    if method not in allowed:
+        raise MethodNotAllowed(request.method, allowed)
+
+
+def _error(exc: EngineError) -> Response:
+    headers: list[tuple[bytes, bytes]] = []
+    if exc.retry_after_s is not None:
+        headers.append((b"retry-after", str(exc.retry_after_s).encode()))
+    if isinstance(exc, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(exc.allowed).encode()))
+    return Response(exc.status, {"error": exc.code, "message": exc.message, "details": exc.details}, tuple(headers))
