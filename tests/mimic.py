@@ -8,7 +8,8 @@ overlap) and misbehaves on demand. A flag is set, the later the stronger, by
 - `mimic.json` in its data directory: `{"boot_delay": 0.5, "ignore_sigterm": true}`, read again when it changes.
 
 Calls, all but `/health` under the key: `GET /read`, `POST /write` (text kept in the data directory), `POST /work`
-(`{"seconds": 1}`: a turn in flight), `GET /env` (its environment), `GET /me` (pid and children).
+(`{"seconds": 1}`: a turn in flight), `POST /say` (a line for the log), `POST /exit` (`{"code": 3}`), `GET /env` (its
+environment), `GET /me` (pid, children, and a token of this very run).
 
 Written with C modules and late imports, because `import socket` alone doubles its start time.
 """
@@ -44,6 +45,7 @@ FLAGS: dict[str, Any] = {
 MAX_BODY = 1024 * 1024
 
 STARTED = time.monotonic()
+RUN = os.urandom(8).hex()
 DATA = os.path.dirname(os.environ.get("SQLITE_DB_PATH", "")) or os.getcwd()
 
 
@@ -195,8 +197,15 @@ class Mimic:
             return self.work(body)
         if (method, path) == ("POST", "/admin/key") and not self.flags["no_admin"]:
             return self.keys.change(body), b""
+        if (method, path) == ("POST", "/say"):
+            say(body.decode())
+            return 204, b""
+        if (method, path) == ("POST", "/exit"):
+            import json
+
+            os._exit(int(json.loads(body)["code"]))
         if (method, path) == ("GET", "/me"):
-            return 200, ('{"pid": %d, "children": %s}' % (os.getpid(), self.children)).encode()  # noqa: UP031
+            return 200, f'{{"pid": {os.getpid()}, "children": {self.children}, "run": "{RUN}"}}'.encode()
         if (method, path) == ("GET", "/env"):
             import json
 
@@ -269,7 +278,7 @@ class Keys:
         except (ValueError, KeyError, TypeError):
             return 400
         with self.guard:
-            if generation < self.generation:
+            if generation < self.generation or (generation == self.generation and key_hash != self.current):
                 return 409
             if generation > self.generation:
                 now = time.time()

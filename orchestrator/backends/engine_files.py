@@ -47,14 +47,40 @@ class EngineFiles:
 
     def __init__(self, folder: Path, engine_id: UUID) -> None:
         self.engine_id = engine_id
-        self.data = folder / str(engine_id)
-        self.lock = self.data / ".lock"
-        self.brain = self.data / "brain.sqlite"
-        self.spec = folder / f"{engine_id}.json"
-        self.record = folder / f"{engine_id}.process"
-        self.log = folder / f"{engine_id}.log"
-        self.old_log = folder / f"{engine_id}.log.1"
-        self._removing = folder / f"{engine_id}.removing"
+        self._folder = folder
+        self._name = str(engine_id)
+
+    @property
+    def data(self) -> Path:
+        return self._folder / self._name
+
+    @property
+    def lock(self) -> Path:
+        return self._folder / self._name / ".lock"
+
+    @property
+    def brain(self) -> Path:
+        return self._folder / self._name / "brain.sqlite"
+
+    @property
+    def spec(self) -> Path:
+        return self._folder / f"{self._name}.json"
+
+    @property
+    def record(self) -> Path:
+        return self._folder / f"{self._name}.process"
+
+    @property
+    def log(self) -> Path:
+        return self._folder / f"{self._name}.log"
+
+    @property
+    def old_log(self) -> Path:
+        return self._folder / f"{self._name}.log.1"
+
+    @property
+    def _spec_draft(self) -> Path:
+        return self._folder / f"{self._name}.json.new"
 
     # --- spec and record ------------------------------------------------------------------------------
 
@@ -83,7 +109,7 @@ class EngineFiles:
             "image": spec.image,
             "env": spec.env,
         }
-        draft = self.spec.with_suffix(".json.new")
+        draft = self._spec_draft
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(content, file)
@@ -158,12 +184,13 @@ class EngineFiles:
         The data goes last and in one step: whoever waits for the lock finds either all of it or none, and a removal
         that was cut short leaves nothing that could be taken for an engine's data.
         """
-        for path in (self.record, self.log, self.old_log, self.spec.with_suffix(".json.new"), self.spec):
+        for path in (self.record, self.log, self.old_log, self._spec_draft, self.spec):
             path.unlink(missing_ok=True)
-        _remove_tree(self._removing)
+        remains = self._folder / f"{self._name}.removing"
+        _remove_tree(remains)
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.data, self._removing)
-        _remove_tree(self._removing)
+            os.rename(self.data, remains)
+        _remove_tree(remains)
 
     # --- log ------------------------------------------------------------------------------------------
 

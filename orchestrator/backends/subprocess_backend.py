@@ -22,6 +22,8 @@ import subprocess
 from typing import TYPE_CHECKING, ClassVar
 from uuid import UUID, uuid4
 
+import structlog
+
 from orchestrator.backends import processes
 from orchestrator.backends.base import (
     BackendObject,
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from orchestrator.settings import Settings
 
 __all__ = ["SubprocessBackend"]
+
+_log = structlog.get_logger(__name__)
 
 # Inside the class `list` is a method.
 _Objects = list[BackendObject]
@@ -97,6 +101,10 @@ class SubprocessBackend(EngineBackend):
         except OSError as error:
             raise ConfigurationError(f"ORCH_DATA_ROOT: {self._root} cannot be used ({error.strerror}).") from error
         await self.location_id()
+
+    async def check(self) -> None:
+        if not await asyncio.to_thread(self._folder.is_dir):
+            raise BackendUnavailable(f"ORCH_DATA_ROOT: {self._folder} is not there.")
 
     # --- the documented interface ---------------------------------------------------------------------
 
@@ -256,7 +264,11 @@ class SubprocessBackend(EngineBackend):
                 engine_id = UUID(stem)
             except ValueError:
                 continue  # not ours: no engine's id
-            one = self._object(self._files(engine_id))
+            try:
+                one = self._object(self._files(engine_id))
+            except BackendError as error:  # one damaged file must not hide all the others
+                _log.warning("engine_unreadable", engine_id=stem, error=error.message)
+                continue
             if one is not None:
                 found.append(one)
         return found
