@@ -28,7 +28,6 @@ from orchestrator.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-
     from uuid import UUID
 
     from orchestrator.backends.base import BackendObject, EngineBackend, EngineEndpoint
@@ -236,14 +235,12 @@ def settings(data_root: Path) -> Settings:
 
 def processes_of(data_root: Path) -> list[int]:
     """Processes whose environment points into a data root (Linux only)."""
+    mark = f"SQLITE_DB_PATH={data_root}/".encode()
     found = []
-    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+    for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if (
-                name.isdecimal()
-                and f"SQLITE_DB_PATH={data_root}/".encode() in Path(f"/proc/{name}/environ").read_bytes()
-            ):
-                found.append(int(name))
+            if mark in environ.read_bytes():
+                found.append(int(environ.parent.name))
     return found
 
 
