@@ -18,7 +18,7 @@ Messages are one line, name what to change, and never contain a secret.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 
 class OrchestratorError(Exception):
@@ -28,7 +28,7 @@ class OrchestratorError(Exception):
     succeed later.
     """
 
-    code: ClassVar[str] = "INTERNAL_ERROR"
+    code: str = "INTERNAL_ERROR"
 
     def __init__(
         self,
@@ -305,3 +305,31 @@ class ConfigurationError(OrchestratorError):
     """The process cannot start as configured; the message names the variable or the command to run."""
 
     code = "CONFIGURATION_ERROR"
+
+
+class InternalError(OrchestratorError):
+    """A defect of the orchestrator's own; the log has the trace under the request's id."""
+
+    code = "INTERNAL_ERROR"
+
+
+class RecordedError(OrchestratorError):
+    """How an operation ended that another process carried out, as the registry recorded it."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(
+            str(record.get("message", "The operation failed.")),
+            details=record.get("details"),
+            retry_after_s=record.get("retry_after_s"),
+        )
+        self.code = str(record.get("code", "INTERNAL_ERROR"))
+
+
+def error_record(error: OrchestratorError) -> dict[str, Any]:
+    """An error as the registry keeps it."""
+    return {
+        "code": error.code,
+        "message": error.message,
+        "details": error.details,
+        "retry_after_s": error.retry_after_s,
+    }

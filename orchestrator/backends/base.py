@@ -64,6 +64,7 @@ class Capabilities:
     replace: bool = False  # another image on the same data
     ceilings: bool = False  # memory and CPU limits
     events: bool = False  # a stream of what happens to objects
+    restarts: bool = False  # the backend itself starts an object again that has exited
 
 
 class ObjectState(StrEnum):
@@ -109,6 +110,10 @@ class EngineBackend(abc.ABC):
 
     async def open(self) -> None:
         """Connect, and check what can be checked. Raises `BackendUnavailable` or `ConfigurationError`."""
+        return None
+
+    async def check(self) -> None:
+        """Raises `BackendUnavailable` when the backend does not answer now."""
         return None
 
     async def close(self) -> None:

@@ -1,0 +1,69 @@
+"""What is remembered of admits, and written in batches: never a write per call."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from orchestrator.registry.database import sql
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from orchestrator.registry.database import Database
+
+__all__ = ["ActivityRecorder"]
+
+MAX_DENIALS = 10_000  # distinct (product, user, reason) between two flushes; the rest is counted as one
+
+
+class ActivityRecorder:
+    """Collects in memory; `flush` writes everything in a few statements. Called every half second and at the end."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._admitted: dict[UUID, float] = {}
+        self._keys: set[UUID] = set()
+        self._denied: Counter[tuple[UUID, str, str]] = Counter()
+
+    def admitted(self, engine_id: UUID) -> None:
+        self._admitted[engine_id] = time.monotonic()
+
+    def key_used(self, key_id: UUID) -> None:
+        self._keys.add(key_id)
+
+    def denied(self, product_id: UUID, user_id: str, reason: str) -> None:
+        entry = (product_id, user_id, reason)
+        if entry not in self._denied and len(self._denied) >= MAX_DENIALS:
+            entry = (product_id, "", reason)
+        self._denied[entry] += 1
+
+    async def flush(self) -> None:
+        """What cannot be written now is kept for the next flush. Raises `DatabaseUnavailable`."""
+        if self._admitted:
+            admitted, self._admitted = self._admitted, {}
+            now = time.monotonic()
+            try:
+                await self._database.execute(
+                    sql("record_activity"), list(admitted), [now - at for at in admitted.values()]
+                )
+            except BaseException:
+                self._admitted = admitted | self._admitted
+                raise
+        if self._keys:
+            keys, self._keys = self._keys, set()
+            await self._database.execute(sql("record_key_use"), list(keys))
+        if self._denied:
+            denied, self._denied = self._denied, Counter()
+            try:
+                await self._database.execute(
+                    sql("record_denials"),
+                    [product_id for product_id, _, _ in denied],
+                    [user_id for _, user_id, _ in denied],
+                    [reason for _, _, reason in denied],
+                    list(denied.values()),
+                )
+            except BaseException:
+                self._denied += denied
+                raise

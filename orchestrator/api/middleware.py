@@ -1,0 +1,89 @@
+"""Around every request: an id, the size limit, one log line, and no exception that escapes."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from orchestrator.api.errors import error_response
+from orchestrator.errors import InternalError, PayloadTooLarge
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__all__ = ["MAX_BODY_BYTES", "RequestMiddleware"]
+
+MAX_BODY_BYTES = 1024 * 1024
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+log = structlog.get_logger("orchestrator.request")
+
+
+class RequestMiddleware:
+    """Plain ASGI: it stands on the hot path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id, length = None, None
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                request_id = value.decode()
+            elif name == b"content-length":
+                length = value
+        request_id = request_id or os.urandom(8).hex()
+        scope["request_id"] = request_id
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        header = (b"x-request-id", request_id.encode())
+        status = 0
+        size = 0
+        too_large = length is not None and (not length.isdigit() or int(length) > MAX_BODY_BYTES)
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                if size > MAX_BODY_BYTES:
+                    raise PayloadTooLarge(MAX_BODY_BYTES)
+            return message
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        try:
+            if too_large:
+                refused: Any = error_response(PayloadTooLarge(MAX_BODY_BYTES))
+                await refused(scope, receive, send_noted)
+            else:
+                await self._app(scope, receive_limited, send_noted)
+        except PayloadTooLarge as error:
+            await error_response(error)(scope, receive, send_noted)
+        except Exception:  # the last stop: the caller gets an id, the log gets the trace
+            log.exception("internal_error", method=scope["method"], path=scope["path"])
+            if status:
+                raise  # the answer has begun; the connection must show that it is broken
+            defect = error_response(InternalError("internal"), request_id)
+            await defect(scope, receive, send_noted)
+        finally:
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                duration_ms=round((time.perf_counter() - started) * 1000, 2),
+            )

@@ -1,0 +1,222 @@
+"""Bodies of requests and answers, as documented and as checked."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, StrictBool, StrictInt, StrictStr
+
+from orchestrator.policy import Policy
+
+__all__ = ["user_id_problem"]
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def user_id_problem(user_id: str) -> str | None:
+    """What is wrong with a user id; None when it is valid."""
+    if not 1 <= len(user_id) <= 256:
+        return "must have 1 to 256 characters"
+    if user_id in (".", ".."):
+        return "must not be '.' or '..'"
+    if "/" in user_id:
+        return "must not contain '/'"
+    if not user_id.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in user_id):
+        return "must not contain control characters"
+    if "\ufffd" in user_id:
+        return "must be valid UTF-8 without U+FFFD"
+    return None
+
+
+def _valid_user_id(value: str) -> str:
+    if (problem := user_id_problem(value)) is not None:
+        raise ValueError(problem)
+    return value
+
+
+def _valid_slug(value: str) -> str:
+    if not _SLUG.fullmatch(value):
+        raise ValueError("must match ^[a-z0-9][a-z0-9-]{0,62}$")
+    return value
+
+
+def _printable(value: str) -> str:
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise ValueError("must not contain control characters")
+    return value
+
+
+def timestamp(value: datetime) -> str:
+    """UTC with milliseconds, as `2026-04-27T12:34:56.000Z`."""
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+UserId = Annotated[StrictStr, AfterValidator(_valid_user_id)]
+Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
+Image = Annotated[StrictStr, Field(min_length=1, max_length=512), AfterValidator(_printable)]
+
+
+class Request(BaseModel):
+    """Unknown fields are invalid."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NoBody(Request):
+    pass
+
+
+class ProvisionRequest(Request):
+    user_id: UserId = Field(description="unique within the product", examples=["demo-user-001"])
+    engine_version: Image | None = Field(
+        None, description="image of this engine; default: the product's, else ORCH_ENGINE_IMAGE"
+    )
+
+
+class AdmitRequest(Request):
+    auto_provision: StrictBool = Field(False, description="make the engine when there is none")
+    auto_wake: StrictBool = Field(False, description="wake a sleeping engine, restart a failed one")
+
+
+class RotateKeyRequest(Request):
+    overlap_seconds: Annotated[StrictInt, Field(ge=0, le=86400)] = Field(
+        300, description="how long the old key stays valid beside the new one"
+    )
+
+
+class KeepAliveRequest(Request):
+    seconds: Annotated[StrictInt, Field(ge=0, le=86400)] = Field(description="from now; 0 ends it")
+
+
+class RegisterRequest(Request):
+    slug: Annotated[StrictStr, AfterValidator(_valid_slug)] = Field(examples=["demo"])
+    display_name: Annotated[StrictStr, Field(min_length=1, max_length=256), AfterValidator(_printable)] = Field(
+        examples=["Demo"]
+    )
+    policy: Policy = Field(default_factory=Policy, description="`{}` sets no limits")
+
+
+class PolicyRequest(Request):
+    policy: Policy
+
+
+class ProvisionAnswer(BaseModel):
+    engine_id: UUID
+    user_id: str
+    status: str = Field(examples=["running"])
+    url: str | None = Field(examples=["http://127.0.0.1:9001"])
+    api_key: str | None = Field(description="null for the admin key", examples=["sk-sept-…"])
+
+
+class EngineAnswer(BaseModel):
+    engine_id: UUID
+    user_id: str
+    status: str = Field(examples=["running"])
+    url: str | None = Field(description="may be set when the engine is not running", examples=["http://127.0.0.1:9001"])
+    api_key: str | None = Field(description="null for the scope `read` and for the admin key", examples=["sk-sept-…"])
+    engine_version: str = Field(examples=["september-engine:2.3.0"])
+    created_at: Timestamp
+    last_health_at: Timestamp | None
+
+
+class AdmitAnswer(BaseModel):
+    admitted: bool
+    engine: EngineAnswer | None
+    reason: str | None = Field(
+        None,
+        description="only when refused: `engine_not_found`, `engine_sleeping`, `engine_unhealthy`, `engine_stopped`, "
+        "`engine_provisioning`, `engine_destroying`",
+    )
+
+
+class ListedEngine(BaseModel):
+    engine_id: UUID
+    user_id: str
+    status: str
+    url: str | None
+    engine_version: str
+    created_at: Timestamp
+    last_health_at: Timestamp | None
+    product_id: UUID | None = Field(None, description="only for the admin key over all products")
+
+
+class ListAnswer(BaseModel):
+    engines: list[ListedEngine]
+    total: int = Field(description="of all pages")
+
+
+class StartAnswer(BaseModel):
+    status: str = Field(examples=["running"])
+    url: str | None
+
+
+class StatusAnswer(BaseModel):
+    status: str
+    engine_id: UUID
+
+
+class RotateKeyAnswer(BaseModel):
+    engine_id: UUID
+    api_key: str | None
+    overlap_seconds: int = Field(description="how long the old key stays valid; 0 where nothing of the engine runs")
+    restarted: bool = Field(description="the engine could not take the key while it ran and was created again")
+
+
+class KeepAliveAnswer(BaseModel):
+    engine_id: UUID
+    keep_alive_until: Timestamp | None
+
+
+class ProductFleet(BaseModel):
+    product_id: UUID
+    total: int
+    by_status: dict[str, int]
+
+
+class FleetAnswer(BaseModel):
+    total: int
+    by_status: dict[str, int]
+    health: str = Field(description="`ok`: none failed; `critical`: at least 25 % failed; else `degraded`")
+    unhealthy_count: int
+    products: list[ProductFleet] | None = Field(None, description="only for the admin key over all products")
+
+
+class Percentiles(BaseModel):
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class MetricsAnswer(BaseModel):
+    provisions_1h: int
+    crashes_1h: int
+    restarts_1h: int
+    avg_boot_ms: int | None = Field(description="over the last 100 provisions; null before the first one")
+    boot_ms: Percentiles
+    total_provisions: int
+    total_destroys: int
+
+
+class RegisterAnswer(BaseModel):
+    product_id: UUID
+    slug: str
+    platform_api_key: str = Field(description="shown only here", examples=["pk-sept-…"])
+
+
+class PolicyAnswer(BaseModel):
+    policy: dict[str, Any]
+
+
+class Subsystem(BaseModel):
+    status: str = Field(examples=["ok"])
+    detail: str
+
+
+class HealthAnswer(BaseModel):
+    status: str = Field(examples=["ok"])
+    version: str
+    subsystems: dict[str, Subsystem]

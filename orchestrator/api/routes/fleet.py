@@ -1,0 +1,128 @@
+"""Many engines at once: list, status, metrics. For the admin key without a product: of all products."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from orchestrator.api.auth import plane_of, product_or_all
+from orchestrator.api.errors import errors
+from orchestrator.api.http import answer, dumps
+from orchestrator.api.models import FleetAnswer, ListAnswer, MetricsAnswer, Percentiles, ProductFleet, timestamp
+from orchestrator.errors import InvalidRequest
+from orchestrator.lifecycle import State
+from orchestrator.registry.rows import engine_url
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+router = APIRouter(tags=["fleet"])
+
+COMMON = errors("INVALID_PLATFORM_KEY", "POLICY_DENIED", "DATABASE_UNAVAILABLE")
+MAX_OFFSET = 2**31 - 1
+
+
+def _integer(request: Request, name: str, default: int, low: int, high: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 10) or not low <= int(text) <= high:
+        raise InvalidRequest(name, f"an integer from {low} to {high}")
+    return int(text)
+
+
+def _parameter(name: str, schema: dict[str, object]) -> dict[str, object]:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
+@router.get(
+    "/engines",
+    summary="List engines",
+    description="In order of creation; pages by `limit` and `offset`. Never contains keys.",
+    responses={200: {"model": ListAnswer}, **errors("INVALID_REQUEST"), **COMMON},
+    openapi_extra={
+        "parameters": [
+            _parameter("status", {"type": "string", "enum": [state.value for state in State]}),
+            _parameter("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
+            _parameter("offset", {"type": "integer", "minimum": 0, "default": 0}),
+        ]
+    },
+)
+async def list_engines(request: Request) -> Response:
+    caller = await product_or_all(request, "read")
+    status = request.query_params.get("status")
+    if status is not None and status not in set(State):
+        raise InvalidRequest("status", f"one of {', '.join(State)}")
+    limit = _integer(request, "limit", 100, 1, 1000)
+    offset = _integer(request, "offset", 0, 0, MAX_OFFSET)
+    product_id = None if caller is None else caller.product_id
+    rows, total = await plane_of(request).registry.fleet.engines(product_id, status, limit, offset)
+    engines = [
+        {
+            "engine_id": str(row["id"]),
+            "user_id": row["user_id"],
+            "status": row["status"],
+            "url": engine_url(row["host"], row["endpoint_port"]),
+            "engine_version": row["engine_version"],
+            "created_at": timestamp(row["created_at"]),
+            "last_health_at": None if row["last_health_at"] is None else timestamp(row["last_health_at"]),
+            **({"product_id": str(row["product_id"])} if caller is None else {}),
+        }
+        for row in rows
+    ]
+    return Response(dumps({"engines": engines, "total": total}), media_type="application/json")
+
+
+@router.get(
+    "/status",
+    summary="The fleet now",
+    responses={200: {"model": FleetAnswer}, **COMMON},
+)
+async def status(request: Request) -> Response:
+    caller = await product_or_all(request, "read")
+    rows = await plane_of(request).registry.fleet.by_status(None if caller is None else caller.product_id)
+    per_product: defaultdict[UUID, dict[str, int]] = defaultdict(_no_engines)
+    by_status = _no_engines()
+    for row in rows:
+        per_product[row["product_id"]][row["status"]] = row["engines"]
+        by_status[row["status"]] += row["engines"]
+    total, failed = sum(by_status.values()), by_status[State.FAILED]
+    health = "ok" if not failed else "critical" if failed * 4 >= total else "degraded"
+    products = None
+    if caller is None:
+        products = [
+            ProductFleet(product_id=product_id, total=sum(counts.values()), by_status=counts)
+            for product_id, counts in per_product.items()
+        ]
+    fleet = FleetAnswer(total=total, by_status=by_status, health=health, unhealthy_count=failed, products=products)
+    return answer(fleet, exclude_none={"products"})
+
+
+def _no_engines() -> dict[str, int]:
+    return dict.fromkeys((state.value for state in State), 0)
+
+
+@router.get(
+    "/metrics",
+    summary="Numbers of the last hour, and totals",
+    description="JSON for a product's own use; `/prometheus` is for monitoring.",
+    responses={200: {"model": MetricsAnswer}, **COMMON},
+)
+async def metrics(request: Request) -> Response:
+    caller = await product_or_all(request, "read")
+    row = await plane_of(request).registry.fleet.metrics(None if caller is None else caller.product_id)
+    p50, p95, p99 = row["boot_ms"] or (None, None, None)
+    return answer(
+        MetricsAnswer(
+            provisions_1h=row["provisions"],
+            crashes_1h=row["crashes"],
+            restarts_1h=row["restarts"],
+            avg_boot_ms=row["avg_boot_ms"],
+            boot_ms=Percentiles(p50=p50, p95=p95, p99=p99),
+            total_provisions=row["total_provisions"],
+            total_destroys=row["total_destroys"],
+        )
+    )

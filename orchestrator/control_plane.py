@@ -1,0 +1,146 @@
+"""Everything of one process, put together and opened in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from orchestrator import audit
+from orchestrator.activity import ActivityRecorder
+from orchestrator.backends import load_backend
+from orchestrator.discovery import Discovery
+from orchestrator.engine_http import EngineHttp
+from orchestrator.errors import ConfigurationError, DatabaseUnavailable
+from orchestrator.events import Notifications
+from orchestrator.keys import KeyRing
+from orchestrator.lifecycle import Lifecycle
+from orchestrator.lifecycle.leases import LeaseKeeper
+from orchestrator.lifecycle.means import Means
+from orchestrator.loops import reconcile
+from orchestrator.loops.runner import Loop, LoopRunner
+from orchestrator.policy import RateLimiter
+from orchestrator.registry import Registry
+from orchestrator.registry.database import Database, sql
+from orchestrator.registry.migrations import migrate, require_migrated
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from orchestrator.backends.base import EngineBackend
+    from orchestrator.settings import Settings
+
+__all__ = ["ControlPlane"]
+
+log = structlog.get_logger("orchestrator")
+
+DRAIN_S = 10.0
+
+
+class ControlPlane:
+    """One replica. `open` raises `ConfigurationError` or `DatabaseUnavailable` with one clear line."""
+
+    means: Means
+    lifecycle: Lifecycle
+    discovery: Discovery
+    backend: EngineBackend
+    deployment_id: UUID
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started = time.monotonic()
+        self.keyring = KeyRing(settings.master_keys())
+        self.database = Database(
+            settings.database_url.get_secret_value(), size=settings.database_pool, pooler=settings.database_pooler
+        )
+        self.registry = Registry(self.database)
+        self.http = EngineHttp()
+        self.notifications = Notifications(settings.listen_url)
+        self.activity = ActivityRecorder(self.database)
+        self.limiter = RateLimiter(self.registry.rate)
+        owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.keeper = LeaseKeeper(self.registry.engines, self.notifications, owner, settings.lease_s)
+        self.loops = LoopRunner([])
+
+    async def open(self) -> None:
+        settings = self.settings
+        url = settings.database_url.get_secret_value()
+        if settings.auto_migrate:
+            await migrate(url)
+        else:
+            await require_migrated(url)
+        await self.database.open()
+        self.deployment_id = await self.database.fetchval(sql("deployment_id"))
+        stored = {row["master_key_id"] for row in await self.database.fetch(sql("master_key_ids"))}
+        self.keyring.require(stored)
+        self.backend = load_backend(settings, self.deployment_id)
+        await self.backend.open()
+        location_id = await self.backend.location_id()
+        await self._require_location(location_id)
+        await self.http.open()
+        await self.notifications.open()
+        await self.keeper.open()
+        self.means = Means(
+            settings,
+            self.registry,
+            self.backend,
+            self.http,
+            self.keyring,
+            location_id,
+            asyncio.Semaphore(settings.start_concurrency),
+        )
+        self.lifecycle = Lifecycle(self.means, self.keeper, self.notifications)
+        self.discovery = Discovery(settings, self.registry, self.lifecycle, self.limiter, self.activity, self.keyring)
+        self.loops = LoopRunner(
+            [
+                Loop("take_over", 0.8, lambda: reconcile.take_over(self.lifecycle)),
+                Loop("reconcile", 60, lambda: reconcile.reconcile(self.means, self.lifecycle)),
+                Loop("activity", 0.5, self.activity.flush),
+                Loop("rate", 1, self.limiter.settle),
+                Loop("audit", 0.5, lambda: audit.sequence(self.registry.audit)),
+                Loop("housekeeping", 60, self._housekeeping),
+            ]
+        )
+        self.loops.start()
+        log.info(
+            "ready",
+            deployment=settings.deployment_id or str(self.deployment_id),
+            backend=settings.engine_backend,
+            location=str(location_id),
+        )
+
+    async def _require_location(self, location_id: UUID) -> None:
+        known = await self.registry.engines.locations()
+        if known and location_id not in known:
+            raise ConfigurationError(
+                "The registry has engines, but none of them lives here: this is another data root or Docker daemon "
+                "(ORCH_DATA_ROOT, DOCKER_HOST) than the one they were made on."
+            )
+
+    async def _housekeeping(self) -> None:
+        await self.registry.rate.repair()
+        await self.registry.audit.close_denials()
+        await self.registry.engines.expire_idempotency_keys()
+
+    async def close(self) -> None:
+        """Loops end, operations finish or are handed over, what is in memory is written. No engine is stopped."""
+        await self.loops.stop()
+        if hasattr(self, "lifecycle"):
+            await self.lifecycle.drain(DRAIN_S)
+        try:
+            await self.activity.flush()
+            await self.limiter.close()
+            await audit.sequence(self.registry.audit)
+        except DatabaseUnavailable as error:
+            log.warning("last_flush_failed", error=error.message)
+        await self.keeper.close()
+        await self.notifications.close()
+        await self.http.close()
+        if hasattr(self, "backend"):
+            await self.backend.close()
+        await self.database.close()

@@ -1,0 +1,116 @@
+"""What every operation works with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import orjson
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from orchestrator.errors import DatabaseUnavailable
+from orchestrator.keys import fingerprint
+from orchestrator.lifecycle.leases import Interruption
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from uuid import UUID
+
+    from orchestrator.backends.base import EngineBackend
+    from orchestrator.engine_http import EngineHttp
+    from orchestrator.keys import KeyRing
+    from orchestrator.lifecycle.leases import Lease
+    from orchestrator.registry import Registry
+    from orchestrator.registry.rows import Engine, EngineKey
+    from orchestrator.settings import Settings
+
+T = TypeVar("T")
+
+SETTLE_S = 2.0  # a backend call under way is given this long before an interrupted operation leaves it
+
+
+@dataclass(frozen=True)
+class Means:
+    """The registry, the backend and the keys, with the rules of how an operation may use them."""
+
+    settings: Settings
+    registry: Registry
+    backend: EngineBackend
+    http: EngineHttp
+    keyring: KeyRing
+    location_id: UUID
+    start_slots: asyncio.Semaphore = field(repr=False)
+
+    @property
+    def ports(self) -> tuple[int, int] | None:
+        """The range of host ports; None where the backend publishes none."""
+        if self.settings.engine_backend == "docker" and self.settings.engine_url_mode == "network":
+            return None
+        return self.settings.port_min, self.settings.port_max
+
+    def object_of(self, engine: Engine) -> EngineBackend:
+        """The backend, acting on the object that the row records."""
+        return self.backend.pinned(engine.container_id)
+
+    async def act(self, lease: Lease, call: Callable[[EngineBackend], Awaitable[T]]) -> T:
+        """One backend call, under what is left of the lease, on the object that the claim recorded."""
+        lease.check()
+        task = asyncio.ensure_future(call(self.object_of(lease.engine)))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # A call half made would land later, behind the back of whoever takes the engine next.
+            if lease.why is Interruption.WISH:
+                await asyncio.wait({task}, timeout=SETTLE_S)
+            task.cancel()
+            raise
+
+    async def persist(self, write: Callable[[], Awaitable[T]]) -> T:
+        """A fenced write, tried again while the database is away and the lease may still hold."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(DatabaseUnavailable),
+            wait=wait_random_exponential(multiplier=0.05, max=1),
+            stop=stop_after_delay(self.settings.lease_s),
+            reraise=True,
+        ):
+            with attempt:
+                return await write()
+        raise AssertionError("unreachable: the last attempt is raised again")
+
+    def environment(self, engine: Engine, key: EngineKey) -> dict[str, str]:
+        """The variables that `create` is given; the contract's own win over pass-through names."""
+        passed = {name: os.environ[name] for name in self.settings.engine_env_passthrough if name in os.environ}
+        return {
+            **passed,
+            "ENGINE_KEY_HASH": key.key_hash,
+            "ENGINE_KEY_GENERATION": str(key.generation),
+            "ENGINE_INCARNATION": str(engine.incarnation),
+        }
+
+    def spec_fingerprints(self, engine: Engine, key: EngineKey) -> list[str]:
+        """A keyed digest of all that an object is created from, under each master key, the current one first.
+
+        An object whose recorded digest is none of these is created again at its next cold start.
+        """
+        environment = self.environment(engine, key)
+        del environment["ENGINE_INCARNATION"]
+        settings = self.settings
+        spec = orjson.dumps(
+            [
+                engine.engine_version,
+                engine.port,
+                environment,
+                settings.engine_memory,
+                settings.engine_cpus,
+                settings.engine_pids,
+                settings.engine_runtime,
+                settings.engine_read_only,
+                settings.engine_seccomp,
+                str(settings.catalog_mount_path),
+                settings.subprocess_command,
+            ],
+            option=orjson.OPT_SORT_KEYS,
+        ).decode()
+        return [fingerprint(master_key, spec) for master_key in self.keyring.master_keys]

@@ -1,0 +1,320 @@
+"""The operations, each carried out under a lease and ended with one fenced write.
+
+Each may be started again by another process at any point: it looks at what is there and goes on from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import structlog
+
+from orchestrator.backends.base import ObjectState
+from orchestrator.engine_http import KeyPush
+from orchestrator.errors import (
+    BackendError,
+    BackendUnavailable,
+    DatabaseUnavailable,
+    EngineBusy,
+    InternalError,
+    OrchestratorError,
+    error_record,
+)
+from orchestrator.events import happens_within
+from orchestrator.keys import new_engine_key, sha256_hex
+from orchestrator.lifecycle.boot import boot, push_pending_keys
+from orchestrator.lifecycle.leases import Interrupted
+from orchestrator.lifecycle.transitions import STOP_GRACE_S, TRANSITIONS, Operation, State
+from orchestrator.registry.engines import Finish
+from orchestrator.registry.rows import EngineKey
+
+if TYPE_CHECKING:
+    from orchestrator.lifecycle.leases import Lease
+    from orchestrator.lifecycle.means import Means
+    from orchestrator.registry.rows import Engine
+
+__all__ = ["Operations", "Parameters"]
+
+log = structlog.get_logger("orchestrator.lifecycle")
+
+FAILED_STOP_GRACE_S = 5
+DESTROY_RETRY_S = 5
+ACTIVITY_FLUSH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a call adds to its operation; a take-over goes on with the defaults.
+
+    `idle_only`: go to sleep only if the engine is idle for `idle_s` after one activity flush. `patience_s`: what is
+    left of the deadline at a take-over.
+    """
+
+    overlap_s: float = 0
+    idle_s: float | None = None
+    patience_s: float | None = None
+
+
+class Operations:
+    """`carry_out` runs the operation that the lease's row names, and returns the row as it ended."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+
+    async def carry_out(self, lease: Lease, parameters: Parameters, slot_taken: asyncio.Event) -> Engine:
+        """Raises the typed reason when the operation failed; its end is recorded before.
+
+        `Interrupted` comes out of the lease when another takes over; then nothing is recorded here.
+        """
+        operation = Operation(lease.engine.operation or "")
+        row = TRANSITIONS[operation]
+        if operation not in (
+            Operation.PROVISION,
+            Operation.START,
+            Operation.WAKE,
+            Operation.RECOVER,
+            Operation.RESTART,
+            Operation.ROTATE_KEY,
+        ):
+            slot_taken.set()
+        limit_s = row.deadline_s(self._means.settings)
+        try:
+            async with asyncio.timeout(limit_s):
+                match operation:
+                    case Operation.SLEEP:
+                        return await self._sleep(lease, parameters)
+                    case Operation.UNLOAD:
+                        return await self._stop(lease, metadata={"unloaded": True})
+                    case Operation.STOP:
+                        return await self._stop(lease)
+                    case Operation.ROTATE_KEY:
+                        return await self._rotate_key(lease, parameters, slot_taken)
+                    case Operation.DESTROY:
+                        return await self._destroy(lease)
+                    case _:
+                        return await self._boot(lease, parameters, slot_taken)
+        except TimeoutError:
+            late = BackendError(f"{operation} took longer than {limit_s:g} s.")
+            await self._fail(lease, late)
+            raise late from None
+        except DatabaseUnavailable:
+            raise  # nothing can be recorded; whoever finds the lease expired goes on
+        except OrchestratorError as error:
+            await self._fail(lease, error)
+            raise
+        except Interrupted:
+            raise
+        except Exception as error:  # a defect of ours, or of a backend: it must not leave an engine stuck
+            log.exception("operation_crashed", engine_id=str(lease.engine.id), operation=operation.value)
+            defect = InternalError(f"{operation} met a defect ({type(error).__name__}).")
+            await self._fail(lease, defect)
+            raise defect from error
+
+    async def _finish(self, lease: Lease, end: Finish) -> Engine:
+        ended = await self._means.persist(lambda: self._means.registry.engines.finish(lease.engine, end))
+        return lease.update(ended)
+
+    async def _fail(self, lease: Lease, error: OrchestratorError) -> None:
+        """Record how the operation failed, and leave the engine in the state that the table names."""
+        row = TRANSITIONS[Operation(lease.engine.operation or "")]
+        engine = lease.engine
+        if row.operation is Operation.DESTROY:
+            # Never undone: whoever looks next tries again.
+            await self._means.registry.engines.requeue(engine, error_record(error), DESTROY_RETRY_S)
+            return
+        former = State(engine.former_status or State.FAILED)
+        # A backend that is away says nothing about the engine.
+        back = row.failure is None or (isinstance(error, BackendUnavailable) and engine.ever_healthy)
+        status = former if back else State.FAILED
+        action = None if back else row.failure_action
+        if status is State.FAILED and not isinstance(error, BackendUnavailable):
+            try:
+                await self._means.act(lease, lambda backend: backend.stop(engine.id, FAILED_STOP_GRACE_S))
+            except BackendError as stop_error:
+                log.warning("failed_engine_not_stopped", engine_id=str(engine.id), error=stop_error.message)
+        if row.operation is Operation.SLEEP and self._means.backend.capabilities.freeze:
+            try:
+                await self._means.act(lease, lambda backend: backend.thaw(engine.id))
+            except BackendError as thaw_error:
+                log.warning("engine_not_thawed", engine_id=str(engine.id), error=thaw_error.message)
+        log.warning(
+            "operation_failed",
+            engine_id=str(engine.id),
+            operation=engine.operation,
+            status=status.value,
+            code=error.code,
+            error=error.message,
+        )
+        metadata = {"operation": engine.operation, "code": error.code, "message": error.message}
+        await self._finish(
+            lease,
+            Finish(
+                status=status,
+                action=action,
+                metadata=metadata,
+                error=error_record(error),
+                answers_wish="wake" if row.operation is Operation.SLEEP else None,
+            ),
+        )
+
+    # --- up -------------------------------------------------------------------------------------------
+
+    async def _boot(self, lease: Lease, parameters: Parameters, slot_taken: asyncio.Event) -> Engine:
+        engine = lease.engine
+        row = TRANSITIONS[Operation(engine.operation or "")]
+        booted = await boot(
+            self._means,
+            lease,
+            slot_taken=slot_taken,
+            fresh=engine.former_status == State.FAILED and engine.ever_healthy and parameters.patience_s is None,
+            patience_s=parameters.patience_s,
+        )
+        metadata = {
+            "boot_ms": booted.boot_ms,
+            "cold": booted.cold,
+            "engine_version": engine.engine_version,
+            "incarnation": lease.engine.incarnation,
+        }
+        return await self._finish(
+            lease,
+            Finish(
+                status=State.RUNNING,
+                action=row.success_action,
+                metadata=metadata,
+                healthy=True,
+                boot_ms=booted.boot_ms if booted.cold else None,
+                applied_generation=booted.applied_generation,
+            ),
+        )
+
+    # --- down -----------------------------------------------------------------------------------------
+
+    async def _stop(self, lease: Lease, metadata: dict[str, bool] | None = None) -> Engine:
+        engine = lease.engine
+        row = TRANSITIONS[Operation(engine.operation or "")]
+        await self._means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
+        assert row.success is not None
+        return await self._finish(lease, Finish(status=row.success, action=row.success_action, metadata=metadata))
+
+    async def _sleep(self, lease: Lease, parameters: Parameters) -> Engine:
+        """The state is `sleeping` since the claim, so admits take the wake path; a wake that arrives wins."""
+        means, engine = self._means, lease.engine
+        assert engine.url is not None
+        if engine.wish == "wake":
+            lease.wake_wished.set()
+        if means.backend.capabilities.freeze and not lease.wake_wished.is_set():
+            found = await means.act(lease, lambda backend: backend.find(engine.id))
+            if found is not None and found.state is ObjectState.FROZEN:
+                return await self._asleep(lease)  # a dead owner had come this far
+        if parameters.idle_s is not None:
+            # One activity flush of every replica: an admit of just now is seen by the look below.
+            await happens_within(lease.wake_wished, ACTIVITY_FLUSH_S)
+        health = await means.http.health(engine.url, means.settings.health_check_timeout_s)
+        in_flight = health.activity.in_flight if health.activity is not None else 0
+        unknown = not health.ok or (health.reports_activity and health.activity is None)
+        if unknown or in_flight > 0:
+            # A failed probe, or impossible values, count as busy.
+            raise EngineBusy(
+                engine.user_id, status=State.RUNNING, operation="a turn in flight" if in_flight else "not answering"
+            )
+        if lease.wake_wished.is_set():
+            return await self._awake_after_all(lease)
+        return await self._asleep(lease)
+
+    async def _asleep(self, lease: Lease) -> Engine:
+        means, engine = self._means, lease.engine
+        frozen = means.backend.capabilities.freeze
+        if frozen:
+            await means.act(lease, lambda backend: backend.freeze(engine.id))
+        else:
+            await means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
+        end = Finish(status=State.SLEEPING, action="sleep", metadata={"frozen": frozen})
+        slept = await means.persist(lambda: means.registry.engines.finish(engine, end))
+        if slept is not None:
+            return lease.update(slept)
+        now = await means.registry.engines.by_id(engine.id)
+        if now is not None and now.lease_generation == engine.lease_generation and now.wish == "wake":
+            return await self._awake_after_all(lease)
+        return lease.update(None)
+
+    async def _awake_after_all(self, lease: Lease) -> Engine:
+        means, engine = self._means, lease.engine
+        if means.backend.capabilities.freeze:
+            await means.act(lease, lambda backend: backend.thaw(engine.id))
+            return await self._finish(lease, Finish(status=State.RUNNING, healthy=True, answers_wish="wake"))
+        # Stopped already: stay asleep, the wake starts it.
+        return await self._finish(lease, Finish(status=State.SLEEPING, action="sleep", answers_wish="wake"))
+
+    # --- keys -----------------------------------------------------------------------------------------
+
+    async def _rotate_key(self, lease: Lease, parameters: Parameters, slot_taken: asyncio.Event) -> Engine:
+        """The next key is recorded before the engine hears of it; a take-over goes on with the same one."""
+        means, engine = self._means, lease.engine
+        state = State(engine.status)
+        generation = engine.key_generation + 1
+        secret = new_engine_key()
+        ciphertext, master_key_id = means.keyring.encrypt(secret)
+        key = EngineKey(generation, sha256_hex(secret), ciphertext, master_key_id, None)
+        await means.persist(lambda: means.registry.engines.record_next_key(engine, key, parameters.overlap_s))
+        lease.check()
+        metadata: dict[str, object] = {"generation": generation, "overlap_seconds": parameters.overlap_s}
+
+        found = None
+        if means.backend.capabilities.listing:
+            found = await means.act(lease, lambda backend: backend.find(engine.id))
+            live = found is not None and found.state is ObjectState.RUNNING
+            frozen = found is not None and found.state is ObjectState.FROZEN
+        else:
+            live = await means.act(lease, lambda backend: backend.is_running(engine.id))
+            frozen = False
+        end = Finish(
+            status=state, action="rotate_key", metadata=metadata | {"restarted": False}, key_generation=generation
+        )
+        if state is State.RUNNING and live:
+            slot_taken.set()
+            if await push_pending_keys(means, engine, engine.applied_generation) == KeyPush.TAKEN:
+                return await self._finish(lease, replace(end, applied_generation=generation))
+            return await self._replace_for_key(lease, end, slot_taken)
+        slot_taken.set()
+        if not frozen:
+            # Nothing of it runs: the next start carries the new key, and the old one is dead at once.
+            end = replace(end, metadata=metadata | {"restarted": False, "overlap_seconds": 0})
+        return await self._finish(lease, end)
+
+    async def _replace_for_key(self, lease: Lease, end: Finish, slot_taken: asyncio.Event) -> Engine:
+        """An engine that cannot take a key while it runs is created again with it."""
+        metadata = (end.metadata or {}) | {"restarted": True, "overlap_seconds": 0}
+        assert end.key_generation is not None
+        try:
+            booted = await boot(self._means, lease, slot_taken=slot_taken, fresh=True)
+        except BackendUnavailable:
+            raise
+        except OrchestratorError as error:
+            # The key is in force all the same: a leaked one must be revocable.
+            await self._finish(
+                lease,
+                replace(end, status=State.FAILED, error=error_record(error), metadata=metadata),
+            )
+            return lease.engine
+        return await self._finish(
+            lease,
+            replace(
+                end,
+                status=State.RUNNING,
+                metadata=metadata,
+                healthy=True,
+                boot_ms=booted.boot_ms,
+                applied_generation=booted.applied_generation,
+            ),
+        )
+
+    # --- out ------------------------------------------------------------------------------------------
+
+    async def _destroy(self, lease: Lease) -> Engine:
+        means, engine = self._means, lease.engine
+        await means.act(lease, lambda backend: backend.destroy(engine.id))
+        if not await means.persist(lambda: means.registry.engines.remove(engine)):
+            lease.update(None)
+        return engine

@@ -1,0 +1,28 @@
+"""What PostgreSQL knows. Pure data access: no backend call, no HTTP, no decision about an engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.registry.audit import AuditRegistry
+from orchestrator.registry.engines import EngineRegistry
+from orchestrator.registry.fleet import FleetRegistry
+from orchestrator.registry.products import ProductRegistry
+from orchestrator.registry.rate import RateRegistry
+
+if TYPE_CHECKING:
+    from orchestrator.registry.database import Database
+
+__all__ = ["Registry"]
+
+
+class Registry:
+    """The tables, by subject, on one pool."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.products = ProductRegistry(database)
+        self.engines = EngineRegistry(database)
+        self.rate = RateRegistry(database)
+        self.audit = AuditRegistry(database)
+        self.fleet = FleetRegistry(database)

@@ -1,0 +1,72 @@
+"""Products and their platform keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.registry.database import Database, sql
+from orchestrator.registry.rows import Caller, Product
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    import asyncpg
+
+__all__ = ["ProductRegistry"]
+
+
+class ProductRegistry:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def register(self, slug: str, display_name: str, policy: dict[str, Any], key_hash: str) -> UUID | None:
+        """The new product's id, with one `manage` key and its audit row; None when the slug is taken."""
+        async with self._database.transaction() as connection:
+            product_id: UUID | None = await connection.fetchval(
+                sql("insert_product"), slug, display_name, policy, key_hash
+            )
+            if product_id is not None:
+                await _resize_rate(connection, product_id, policy)
+            return product_id
+
+    async def replace_policy(self, product_id: UUID, policy: dict[str, Any]) -> bool:
+        """True when the product exists; the new policy is in force for the next call."""
+        async with self._database.transaction() as connection:
+            await connection.execute(sql("rate_lock"), str(product_id))
+            if await connection.fetchval(sql("update_policy"), product_id, policy) is None:
+                return False
+            await _resize_rate(connection, product_id, policy)
+            return True
+
+    async def by_id(self, product_id: UUID) -> Product | None:
+        row = await self._database.fetchrow(sql("product_by_id"), product_id)
+        return None if row is None else Product(**dict(row))
+
+    async def by_slug(self, slug: str) -> Product | None:
+        row = await self._database.fetchrow(sql("product_by_slug"), slug)
+        return None if row is None else Product(**dict(row))
+
+    async def add_key(self, product_id: UUID, key_hash: str) -> None:
+        await self._database.execute(sql("replace_platform_key"), product_id, key_hash)
+
+    async def caller(self, key_hash: str) -> Caller | None:
+        """Who calls with this key; None when it is unknown or expired."""
+        row = await self._database.fetchrow(sql("caller_by_key"), key_hash)
+        return None if row is None else caller_of(row)
+
+    async def revision(self) -> str | None:
+        """The migration that the database is at."""
+        revision: str | None = await self._database.fetchval(sql("revision"))
+        return revision
+
+    async def record_key_use(self, key_ids: list[UUID]) -> None:
+        await self._database.execute(sql("record_key_use"), key_ids)
+
+
+def caller_of(row: asyncpg.Record) -> Caller:
+    return Caller(row["product_id"], row["slug"], frozenset(row["scopes"]), row["key_id"])
+
+
+async def _resize_rate(connection: Any, product_id: UUID, policy: dict[str, Any]) -> None:
+    # No limit keeps no slots; the blocks of the last minute run out by themselves.
+    await connection.execute(sql("rate_resize"), product_id, policy.get("rate_limit_rpm", 0))

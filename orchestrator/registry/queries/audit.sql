@@ -1,0 +1,37 @@
+-- name: insert_audit
+INSERT INTO audit_log (product_id, user_id, engine_id, action, actor, status, metadata, duration_ms)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+
+-- name: unsequenced_chains
+SELECT DISTINCT chain FROM audit_log WHERE seq IS NULL LIMIT 100
+
+-- name: lock_chain
+SELECT pg_try_advisory_xact_lock(hashtextextended('orchestrator.audit.' || $1::text, 0))
+
+-- name: chain_head
+SELECT seq, hash FROM audit_heads WHERE chain = $1
+
+-- name: unsequenced_rows
+SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms
+FROM audit_log WHERE chain = $1 AND seq IS NULL ORDER BY id LIMIT 1000
+
+-- name: place_rows
+UPDATE audit_log a SET seq = p.seq, prev_hash = p.prev_hash, hash = p.hash
+FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS p (id, seq, prev_hash, hash)
+WHERE a.id = p.id AND a.seq IS NULL
+
+-- name: set_chain_head
+INSERT INTO audit_heads (chain, seq, hash) VALUES ($1, $2, $3)
+ON CONFLICT (chain) DO UPDATE SET seq = excluded.seq, hash = excluded.hash
+
+-- name: chain_heads
+SELECT chain, seq, hash FROM audit_heads ORDER BY chain
+
+-- name: sequenced_rows
+SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms,
+       seq, prev_hash, hash
+FROM audit_log WHERE chain = $1 AND seq > $2 ORDER BY seq LIMIT 1000
+
+-- name: oldest_unsequenced
+SELECT count(*) AS rows, coalesce(extract(epoch FROM now() - min(timestamp)), 0)::double precision AS age_s
+FROM audit_log WHERE seq IS NULL

