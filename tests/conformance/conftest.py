@@ -27,7 +27,7 @@ from orchestrator.backends.subprocess_backend import SubprocessBackend
 from orchestrator.settings import load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from uuid import UUID
 
     from orchestrator.backends.base import BackendObject, EngineBackend, EngineEndpoint
@@ -244,12 +244,25 @@ def processes_of(data_root: Path) -> list[int]:
     return found
 
 
-HARNESSES = ("memory", "subprocess")
+def docker_harness(folder: Path) -> Harness:
+    # Skips (in CI: fails) where no Docker Engine answers.
+    from docker.daemon import require_docker
+    from docker.harness import DockerHarness
+
+    require_docker()
+    return DockerHarness(folder)
+
+
+HARNESSES: dict[str, Callable[[Path], Harness]] = {
+    "memory": lambda folder: MemoryHarness(),
+    "subprocess": SubprocessHarness,
+    "docker": docker_harness,
+}
 
 
 @pytest.fixture(params=HARNESSES)
 async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Harness]:
-    made: Harness = MemoryHarness() if request.param == "memory" else SubprocessHarness(tmp_path)
+    made = HARNESSES[request.param](tmp_path)
     try:
         yield made
     finally:

@@ -1,0 +1,31 @@
+"""Fixtures of the tests on a real Docker Engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from docker.daemon import require_docker
+from docker.harness import DockerHarness
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from orchestrator.backends.base import EngineBackend
+
+
+@pytest.fixture
+async def harness(tmp_path: Path) -> AsyncIterator[DockerHarness]:
+    require_docker()
+    made = DockerHarness(tmp_path)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.fixture
+async def backend(harness: DockerHarness) -> EngineBackend:
+    return await harness.backend()
