@@ -198,14 +198,17 @@ def exit_code(identity: Identity) -> int | None:
 # --- what an engine may leave behind ----------------------------------------------------------------------
 
 
-def kin(leader: Identity, mark: str) -> list[Identity]:
+def kin(leader: Identity, mark: str, *, just_ended: bool) -> list[Identity]:
     """What is left of the group and session of a process that has exited.
 
     Only processes whose environment holds `mark` (`NAME=value`), and none older than the leader: a number is never
-    enough to kill for.
+    enough to kill for. Without `/proc` nothing of that can be seen; then the group's number is taken for a proof
+    when its leader has `just_ended`, and never later.
     """
     if leader.boot != boot_id():
         return []
+    if not _has_proc():
+        return _group_from_ps(leader) if just_ended else []
     found = []
     for pid in _pids():
         status = _status(pid)
@@ -280,7 +283,7 @@ def _status(pid: int) -> _Status | None:
     except ProcessLookupError:
         return None
     except FileNotFoundError:
-        return None if (PROC / "self").exists() else _status_from_ps(pid)
+        return None if _has_proc() else _status_from_ps(pid)
     fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
     return _Status(
         state=fields[0],
@@ -290,6 +293,19 @@ def _status(pid: int) -> _Status | None:
         threads=int(fields[17]),
         start=fields[19],
     )
+
+
+def _has_proc() -> bool:
+    return (PROC / "self").exists()
+
+
+def _group_from_ps(leader: Identity) -> list[Identity]:
+    rows = (line.split() for line in _output("ps", "-A", "-o", "pid=,pgid=,lstart=").splitlines())
+    return [
+        Identity(int(pid), " ".join(start), leader.boot)
+        for pid, group, *start in rows
+        if group == str(leader.pid) != pid
+    ]
 
 
 def _status_from_ps(pid: int) -> _Status | None:

@@ -355,18 +355,19 @@ class SubprocessBackend(EngineBackend):
 
     async def _end(self, files: EngineFiles, identity: Identity, grace: float) -> None:
         """End exactly this process and its group; never one that was started after it."""
-        if processes.signal_group(identity, signal.SIGTERM):
+        was_alive = processes.signal_group(identity, signal.SIGTERM)
+        if was_alive:
             processes.signal_group(identity, signal.SIGCONT)  # a frozen process cannot obey
             if not await processes.wait_gone(identity, grace):
                 processes.signal_group(identity, signal.SIGKILL)
                 await self._await_death(identity)
-        await self._end_kin(files, identity)
+        await self._end_kin(files, identity, just_ended=was_alive)
 
-    async def _end_kin(self, files: EngineFiles, leader: Identity) -> None:
+    async def _end_kin(self, files: EngineFiles, leader: Identity, *, just_ended: bool = False) -> None:
         """Kill what an exited engine left in its group; what cannot be proven to be its own is left alone."""
         if not processes.group_exists(leader.pid):
             return
-        left = await asyncio.to_thread(processes.kin, leader, self._mark(files))
+        left = await asyncio.to_thread(processes.kin, leader, self._mark(files), just_ended=just_ended)
         for identity in left:
             processes.kill(identity)
         for identity in left:

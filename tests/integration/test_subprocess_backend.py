@@ -40,41 +40,50 @@ SECRET = "value-of-a-secret-variable"
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 
-# A small orchestrator: makes an engine, says so, and goes on until it is ended. `fork` lines make children that
-# create an engine and are killed after the given time.
+# A small orchestrator: creates its engines, freezes the second one, says so, and goes on until it is ended. Given
+# none, it reads ids and delays: for each it makes a child that creates an engine, killed after the delay.
 ORCHESTRATOR = """
 import asyncio, fcntl, os, signal, sys, termios, time
 from uuid import UUID
 from orchestrator.backends import load_backend
 from orchestrator.settings import load_settings
 
-deployment, engine, port, job = UUID(sys.argv[1]), UUID(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-environment = {"ENGINE_KEY_HASH": sys.argv[5], "ENGINE_INCARNATION": "1"}
+deployment, key_hash, port, *engines = sys.argv[1:]
+backend = load_backend(load_settings(_env_file=None), UUID(deployment))
 
-async def create(engine):
-    backend = load_backend(load_settings(_env_file=None), deployment)
+async def create(engine, port):
+    await backend.create(UUID(engine), port, {"ENGINE_KEY_HASH": key_hash, "ENGINE_INCARNATION": "1"}, "mimic:1")
+
+async def run():
     await backend.open()
-    await backend.create(engine, port, environment, "mimic:1")
-    if job == "freeze":
-        await backend.freeze(engine)
+    for number, engine in enumerate(engines):
+        await create(engine, int(port) + number)
+        if number == 1:
+            await backend.freeze(UUID(engine))
 
-if job == "die-while-creating":
-    for line in sys.stdin:
-        engine, delay = line.split()
-        child = os.fork()
-        if child == 0:
-            asyncio.run(create(UUID(engine)))
-            signal.pause()
-        time.sleep(float(delay))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        print("killed", flush=True)
-else:
-    if os.isatty(0):
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    asyncio.run(create(engine))
+if engines:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    asyncio.run(run())
     print("created", flush=True)
     signal.pause()
+for line in sys.stdin:
+    engine, delay = line.split()
+    child = os.fork()
+    if child == 0:
+        asyncio.run(create(engine, int(port)))
+        signal.pause()
+    time.sleep(float(delay))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print("killed", flush=True)
+"""
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1])
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+input()
 """
 
 
@@ -131,15 +140,13 @@ class World:
             await asyncio.sleep(0.005)
 
     @contextlib.contextmanager
-    def orchestrator(
-        self, engine_id: UUID, port: int, job: str = "create"
-    ) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    def orchestrator(self, port: int, *engines: UUID) -> Iterator[tuple[subprocess.Popen[str], int]]:
         """The small orchestrator on a terminal of its own; gives it, and our side of the terminal."""
         ours, theirs = pty.openpty()
-        words = [sys.executable, "-c", ORCHESTRATOR, self.deployment_id, engine_id, port, job, self.key_hash]
+        words = [sys.executable, "-c", ORCHESTRATOR, self.deployment_id, self.key_hash, port, *engines]
         process = subprocess.Popen(
             [str(word) for word in words],
-            stdin=subprocess.PIPE if job == "die-while-creating" else theirs,
+            stdin=theirs if engines else subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | self.variables(),
             text=True,
@@ -176,13 +183,44 @@ def engines_below(root: Path) -> list[int]:
     return found
 
 
-def free_port() -> int:
-    """A port below those that the system hands out by itself, so that nobody else gets it meanwhile."""
+def status_of(pid: int) -> list[str]:
+    """The fields of a process in the process table, from its state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def arguments_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+async def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return await asyncio.to_thread(process.stdout.readline)
+
+
+def free_port(count: int = 1) -> int:
+    """The first of some ports that neither the system nor the other tests hand out by themselves."""
     while True:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+        port = random.randrange(10_000, 19_990)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for number in range(count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
             return port
+
+
+@contextlib.contextmanager
+def running(*words: object) -> Iterator[subprocess.Popen[str]]:
+    """Some other program, in a session of its own."""
+    with subprocess.Popen(
+        [str(word) for word in words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 async def ask(port: int, path: str, method: str = "GET", body: str = "") -> dict[str, Any]:
@@ -206,12 +244,10 @@ async def crash(port: int) -> None:
 
 
 @pytest.mark.parametrize("death", ["kill -9", "hang-up", "ctrl-c", "its process group"])
-@pytest.mark.parametrize("job", ["create", "freeze"])
-async def test_an_engine_outlives_its_orchestrator_and_is_adopted(world: World, death: str, job: str) -> None:
-    engine_id, port = uuid4(), free_port()
-    with world.orchestrator(engine_id, port, job) as (orchestrator, terminal):
-        assert orchestrator.stdout is not None
-        assert await asyncio.to_thread(orchestrator.stdout.readline) == "created\n"
+async def test_engines_outlive_their_orchestrator_and_are_adopted(world: World, death: str) -> None:
+    engines, port = (uuid4(), uuid4()), free_port(2)
+    with world.orchestrator(port, *engines) as (orchestrator, terminal):
+        assert await line_of(orchestrator) == "created\n"
         if death == "kill -9":
             orchestrator.kill()
         elif death == "hang-up":
@@ -222,27 +258,27 @@ async def test_an_engine_outlives_its_orchestrator_and_is_adopted(world: World, 
             os.killpg(orchestrator.pid, signal.SIGTERM)
         assert await asyncio.to_thread(orchestrator.wait) != 0
 
-    if job == "freeze":
-        assert await world.state(engine_id) is ObjectState.FROZEN
-        await world.backend.thaw(engine_id)
-    assert await world.state(engine_id) is ObjectState.RUNNING
-    run = (await ask(port, "/me"))["run"]
-    await world.backend.create(engine_id, port, world.env(), "mimic:1")
-    assert (await ask(port, "/me"))["run"] == run
-    await world.backend.stop(engine_id)
-    assert not await world.backend.is_running(engine_id)
+    states = {found.engine_id: found.state for found in await world.backend.list()}
+    assert states == {engines[0]: ObjectState.RUNNING, engines[1]: ObjectState.FROZEN}
+    await world.backend.thaw(engines[1])
+    for number, engine_id in enumerate(engines):
+        assert await world.state(engine_id) is ObjectState.RUNNING
+        run = (await ask(port + number, "/me"))["run"]
+        await world.backend.create(engine_id, port + number, world.env(), "mimic:1")
+        assert (await ask(port + number, "/me"))["run"] == run
+        await world.backend.stop(engine_id)
+        assert not await world.backend.is_running(engine_id)
 
 
 @needs_proc
 async def test_an_orchestrator_killed_at_any_moment_of_create_leaves_one_engine_or_none(world: World) -> None:
-    with world.orchestrator(uuid4(), port := free_port(), "die-while-creating") as (orchestrator, _):
+    with world.orchestrator(port := free_port()) as (orchestrator, _):
         assert orchestrator.stdin is not None
-        assert orchestrator.stdout is not None
         for step in range(24):
             engine_id = uuid4()
             orchestrator.stdin.write(f"{engine_id} {step * 0.001}\n")
             orchestrator.stdin.flush()
-            assert await asyncio.to_thread(orchestrator.stdout.readline) == "killed\n"
+            assert await line_of(orchestrator) == "killed\n"
             await world.backend.create(engine_id, port, world.env(), "mimic:1")
             me = await ask(port, "/me")
             assert engines_below(world.files(engine_id).data) == [me["pid"]]
@@ -254,13 +290,12 @@ async def test_an_orchestrator_killed_at_any_moment_of_create_leaves_one_engine_
 @needs_proc
 async def test_a_zombie_of_another_orchestrator_has_exited(world: World) -> None:
     engine_id, port = uuid4(), free_port()
-    with world.orchestrator(engine_id, port) as (orchestrator, _):
-        assert orchestrator.stdout is not None
-        assert await asyncio.to_thread(orchestrator.stdout.readline) == "created\n"
+    with world.orchestrator(port, engine_id) as (orchestrator, _):
+        assert await line_of(orchestrator) == "created\n"
         pid = (await ask(port, "/me"))["pid"]
         await crash(port)
         await world.ended(engine_id)
-        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        assert status_of(pid)[0] == "Z"
         await world.backend.start(engine_id)
         assert (await ask(port, "/me"))["pid"] != pid
         await world.backend.stop(engine_id)
@@ -283,29 +318,26 @@ async def test_a_record_that_was_never_finished_is_no_engine(world: World) -> No
         await world.backend.stop(engine_id)
 
 
+@needs_proc
 async def test_a_process_that_merely_has_the_number_is_never_touched(world: World) -> None:
     engine_id, _ = await world.make()
     await world.backend.stop(engine_id)
     files = world.files(engine_id)
-    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as innocent:
-        try:
-            status = Path(f"/proc/{innocent.pid}/stat")
-            start = status.read_text().rpartition(")")[2].split()[19] if status.exists() else "1"
-            earlier, boot = str(int(start) - 1), processes.boot_id()
-            for record in ((earlier, boot), (start, "another-boot")):
-                files.record.write_text("pid {}\nstart {}\nboot {}\nend\n".format(innocent.pid, *record))
-                assert await world.state(engine_id) is ObjectState.EXITED
-                with pytest.raises(ObjectMissing):
-                    await world.backend.freeze(engine_id)
-                await world.backend.stop(engine_id, timeout=0)
-                await world.backend.start(engine_id)
-                await world.backend.stop(engine_id)
-                assert innocent.poll() is None
-            files.record.write_text(f"pid {innocent.pid}\nstart {earlier}\nboot {boot}\nend\n")
-            await world.backend.destroy(engine_id)
+    with running("sleep", 1000) as innocent:
+        start, boot = status_of(innocent.pid)[19], processes.boot_id()
+        earlier = str(int(start) - 1)
+        for record in ((earlier, boot), (start, "another-boot")):
+            files.record.write_text("pid {}\nstart {}\nboot {}\nend\n".format(innocent.pid, *record))
+            assert await world.state(engine_id) is ObjectState.EXITED
+            with pytest.raises(ObjectMissing):
+                await world.backend.freeze(engine_id)
+            await world.backend.stop(engine_id, timeout=0)
+            await world.backend.start(engine_id)
+            await world.backend.stop(engine_id)
             assert innocent.poll() is None
-        finally:
-            innocent.kill()
+        files.record.write_text(f"pid {innocent.pid}\nstart {earlier}\nboot {boot}\nend\n")
+        await world.backend.destroy(engine_id)
+        assert innocent.poll() is None
 
 
 @needs_proc
@@ -314,7 +346,7 @@ async def test_children_of_an_engine_are_stopped_and_frozen_with_it(world: World
     me = await ask(port, "/me")
     await world.backend.freeze(engine_id)
     for pid in me["children"]:
-        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        assert status_of(pid)[0] == "T"
     await world.backend.thaw(engine_id)
     await world.backend.stop(engine_id)
     assert engines_below(world.root) == []
@@ -358,20 +390,13 @@ async def test_a_stranger_who_holds_the_lock_is_named_and_left_alone(
     engine_id, port = await world.make()
     await world.backend.stop(engine_id)
     files = world.files(engine_id)
-    script = (
-        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, files.lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as stranger:
-        assert stranger.stdout is not None
-        assert await asyncio.to_thread(stranger.stdout.readline) == "held\n"
+    with running(sys.executable, "-c", HOLDER, files.lock) as stranger:
+        assert await line_of(stranger) == "held\n"
         for call in (world.backend.start, world.backend.destroy, world.backend.stop):
             with pytest.raises(BackendError, match=f"process {stranger.pid}"):
                 await call(engine_id)
         assert stranger.poll() is None
         assert files.has_data()
-        stranger.communicate("\n")
     await world.backend.start(engine_id)
     assert await ask(port, "/me")
 
@@ -469,7 +494,7 @@ async def test_secrets_are_not_in_arguments_and_files_are_private(world: World) 
     engine_id, port = uuid4(), free_port()
     await world.backend.create(engine_id, port, {**world.env(), "LLM_KEY": SECRET}, "mimic:1")
     pid = (await ask(port, "/me"))["pid"]
-    assert SECRET.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert SECRET not in arguments_of(pid)
     await ask(port, "/write", "POST", "something")
     files = world.files(engine_id)
     for path in (files.spec, files.record, files.log, files.lock, files.data / "note.txt", world.root / "location_id"):
@@ -498,11 +523,11 @@ async def test_the_image_stands_in_the_command(world: World) -> None:
 
 
 async def test_a_missing_command_is_named(world: World) -> None:
-    with pytest.raises(ConfigurationError, match="ORCH_SUBPROCESS_COMMAND.*no-such-program"):
+    with pytest.raises(ConfigurationError, match=r"ORCH_SUBPROCESS_COMMAND.*no-such-program"):
         await world.another(subprocess_command="no-such-program --flag").open()
     backend = world.another(subprocess_command="/no/such/{image}")
     await backend.open()
-    with pytest.raises(BackendError, match="ORCH_SUBPROCESS_COMMAND.*/no/such/mimic:1"):
+    with pytest.raises(BackendError, match=r"ORCH_SUBPROCESS_COMMAND.*/no/such/mimic:1"):
         await backend.create(uuid4(), free_port(), world.env(), "mimic:1")
 
 
@@ -518,13 +543,18 @@ async def test_a_program_that_ends_at_once_has_exited_and_said_why(world: World)
 
 
 async def test_a_launcher_that_fails_leaves_nothing(world: World) -> None:
-    engine_id = uuid4()
-    world.files(engine_id).record.mkdir()
+    engine_id, port = await world.make()
+    await world.backend.stop(engine_id)
+    record = world.files(engine_id).record
+    record.unlink()
+    record.symlink_to(world.root / "no-such-folder" / "record")
     with pytest.raises(BackendError, match="launcher"):
-        await world.backend.create(engine_id, free_port(), world.env(), "mimic:1")
-    world.files(engine_id).record.rmdir()
+        await world.backend.start(engine_id)
+    record.unlink()
     assert not world.files(engine_id).is_locked()
     assert await world.state(engine_id) is ObjectState.EXITED
+    await world.backend.start(engine_id)
+    assert await ask(port, "/me")
 
 
 # --- the place ------------------------------------------------------------------------------------------------
