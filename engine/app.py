@@ -53,6 +53,11 @@ class Route(NamedTuple):
     """Exact; or, where it ends in a slash, the beginning of a path whose rest is a name."""
     handler: Callable[[Request], Awaitable[Response | EventStream]]
 
+    def matches(self, path: str) -> bool:
+        if self.path.endswith("/"):
+            return path.startswith(self.path) and path != self.path
+        return path == self.path
+
 
 class EngineApp:
     def __init__(
@@ -150,12 +155,7 @@ class EngineApp:
             return _error(InternalError())
 
     def _find(self, request: Request) -> Callable[[Request], Awaitable[Response | EventStream]]:
-        found = [
-            route
-            for route in self._routes
-            if request.path == route.path
-            or (route.path.endswith("/") and request.path.startswith(route.path) and request.path != route.path)
-        ]
+        found = [route for route in self._routes if route.matches(request.path)]
         if not found:
             raise NotFound(request.path[:1000])
         _require_method(request, [route.method for route in found])

@@ -30,6 +30,8 @@ TurnEnd = Literal["completed", "interrupted", "failed"]
 LOCK_WAIT_S = 2.0
 # A larger brain is not read through at every start.
 CHECKED_AT_START_BYTES = 64 * 1024 * 1024
+# Steps of SQLite's machine, a few milliseconds, after which an opening looks whether it is still wanted.
+LOOKS_UP_EVERY = 100_000
 
 
 def now_ms() -> int:
@@ -54,6 +56,7 @@ class Brain:
         self.path = path
         self.failure: str | None = None
         """What the last failed operation said; None again after the next one that works."""
+        self._closing = False
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="brain")
         self._opening = self._thread.submit(self._open)
@@ -84,9 +87,9 @@ class Brain:
 
     async def close(self) -> None:
         """Folds the write-ahead log into the file and lets go of it. An opening still under way is broken off."""
-        connection = self._connection
-        if not self._opening.done() and connection is not None:
-            connection.interrupt()
+        if self._closing:
+            return
+        self._closing = True
         await asyncio.wrap_future(self._thread.submit(self._close))
         self._thread.shutdown()
 
@@ -120,6 +123,7 @@ class Brain:
             self._connection = db = sqlite3.connect(
                 self.path, isolation_level=None, check_same_thread=False, timeout=LOCK_WAIT_S
             )
+            db.set_progress_handler(lambda: self._closing, LOOKS_UP_EVERY)
             _configure(db)
             if self.path.stat().st_size <= CHECKED_AT_START_BYTES:
                 _check(db, self.path)
@@ -127,6 +131,7 @@ class Brain:
             interrupted = db.execute(
                 "UPDATE turns SET status = 'interrupted', ended_at = ? WHERE status = 'running'", (now_ms(),)
             ).rowcount
+            db.set_progress_handler(None, 0)
         except sqlite3.Error as exc:
             self._close()
             raise _opening_error(exc, self.path) from None

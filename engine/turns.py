@@ -19,7 +19,7 @@ from engine.events import event
 from engine.responder import Prompt, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from engine.activity import Activity
     from engine.brain import Brain, TurnEnd
@@ -66,7 +66,7 @@ class Turn:
         self._closed = True
         self._wake()
 
-    async def follow(self, heartbeat_after_s: float = HEARTBEAT_AFTER_S) -> AsyncIterator[bytes]:
+    async def follow(self, heartbeat_after_s: float = HEARTBEAT_AFTER_S) -> AsyncGenerator[bytes, None]:
         """All events from the first to the last, and a heartbeat whenever there was none for a while."""
         sent = 0
         while True:

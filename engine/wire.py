@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 from engine.errors import InvalidRequest, PayloadTooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 
     Message = MutableMapping[str, Any]
     Scope = MutableMapping[str, Any]
@@ -113,7 +113,7 @@ class Response:
 class EventStream:
     """`text/event-stream` for as long as there are events and somebody listens."""
 
-    events: AsyncIterator[bytes]
+    events: AsyncGenerator[bytes, None]
     hang_up: asyncio.Task[None]
 
     async def send(self, send: Send) -> None:
@@ -127,3 +127,4 @@ class EventStream:
             await send({"type": "http.response.body", "body": b""})
         finally:
             self.hang_up.cancel()
+            await self.events.aclose()
