@@ -88,6 +88,7 @@ def server_config(app: Any, settings: Settings, *, factory: bool = False) -> uvi
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=GRACEFUL_S,
         timeout_keep_alive=75,
     )

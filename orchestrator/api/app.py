@@ -55,6 +55,6 @@ def create_app(plane: ControlPlane, *, manage_plane: bool = False) -> FastAPI:
     for router in (health.router, lifecycle.router, discovery.router, fleet.router, admin.router):
         app.include_router(router)
     errors.install(app)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, admit=discovery.admit)
     describe(app)
     return app

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.requests import Request
 
-__all__ = ["STATUS", "error_response", "errors", "invalid_request"]
+__all__ = ["STATUS", "error_response", "errors", "invalid_request", "ours"]
 
 log = structlog.get_logger("orchestrator.api")
 
@@ -110,12 +110,17 @@ def invalid_request(problems: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(found[0]["field"], found[0]["reason"], errors=found)
 
 
+def ours(error: OrchestratorError, request_id: str | None) -> Response:
+    """The answer to an error of our own; one that is our fault is logged."""
+    if STATUS.get(error.code, 500) == 500:
+        log.error("internal_error", error=error.message, code=error.code)
+    return error_response(error, request_id)
+
+
 def install(app: FastAPI) -> None:
     @app.exception_handler(OrchestratorError)
     async def _ours(request: Request, error: OrchestratorError) -> Response:
-        if STATUS.get(error.code, 500) == 500:
-            log.error("internal_error", error=error.message, code=error.code)
-        return error_response(error, request.scope.get("request_id"))
+        return ours(error, request.scope.get("request_id"))
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:

@@ -8,11 +8,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from starlette.requests import Request
 
-from orchestrator.api.errors import error_response
-from orchestrator.errors import InternalError, PayloadTooLarge
+from orchestrator.api.errors import error_response, ours
+from orchestrator.errors import InternalError, OrchestratorError, PayloadTooLarge
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["MAX_BODY_BYTES", "RequestMiddleware"]
@@ -23,11 +27,19 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 log = structlog.get_logger("orchestrator.request")
 
 
-class RequestMiddleware:
-    """Plain ASGI: it stands on the hot path."""
+_ADMIT = re.compile(r"/engines/([^/]+)/admit")
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class RequestMiddleware:
+    """Plain ASGI: it stands on the hot path.
+
+    `admit` is called from here, before the layers of the framework, which would cost as much as the look-up itself;
+    it is the same function that the route documents.
+    """
+
+    def __init__(self, app: ASGIApp, admit: Callable[[Request], Awaitable[Response]]) -> None:
         self._app = app
+        self._admit = admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,10 +81,16 @@ class RequestMiddleware:
             if too_large:
                 refused: Any = error_response(PayloadTooLarge(MAX_BODY_BYTES))
                 await refused(scope, receive, send_noted)
+            elif scope["method"] == "POST" and (path := _ADMIT.fullmatch(scope["path"])) is not None:
+                scope["path_params"] = {"user_id": path[1]}
+                answer = await self._admit(Request(scope, receive_limited))
+                await answer(scope, receive, send_noted)
             else:
                 await self._app(scope, receive_limited, send_noted)
-        except PayloadTooLarge as error:
-            await error_response(error)(scope, receive, send_noted)
+        except OrchestratorError as error:
+            if status:
+                raise  # the answer has begun; the connection must show that it is broken
+            await ours(error, request_id)(scope, receive, send_noted)
         except Exception:  # the last stop: the caller gets an id, the log gets the trace
             log.exception("internal_error", method=scope["method"], path=scope["path"])
             if status:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
 
-__all__ = ["Database", "connect", "sql", "translated"]
+__all__ = ["Database", "connect", "sql"]
 
 T = TypeVar("T")
 
@@ -51,21 +51,6 @@ def query_names() -> list[str]:
     return list(_queries())
 
 
-@asynccontextmanager
-async def translated() -> AsyncIterator[None]:
-    """Turns every failure of the connection itself, and a deadline, into `DatabaseUnavailable`."""
-    try:
-        yield
-    except TimeoutError:
-        raise DatabaseUnavailable("no answer in time") from None
-    except (OSError, *_CONNECTION_ERRORS) as error:
-        raise DatabaseUnavailable(type(error).__name__) from error
-    except asyncpg.InterfaceError as error:
-        if "clos" in str(error):  # "connection is closed", "pool is closing"
-            raise DatabaseUnavailable("the connection was closed") from error
-        raise
-
-
 _CONNECTION_ERRORS = (
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
@@ -74,6 +59,27 @@ _CONNECTION_ERRORS = (
     asyncpg.TooManyConnectionsError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby, before its promotion
 )
+
+
+def _unavailable(error: Exception) -> DatabaseUnavailable | None:
+    """What a failure of the connection itself, or a deadline, means; None for every other error."""
+    if isinstance(error, TimeoutError):
+        return DatabaseUnavailable("no answer in time")
+    if isinstance(error, (OSError, *_CONNECTION_ERRORS)):
+        return DatabaseUnavailable(type(error).__name__)
+    if isinstance(error, asyncpg.InterfaceError) and "clos" in str(error):  # "is closed", "is closing"
+        return DatabaseUnavailable("the connection was closed")
+    return None
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever is not the connection's failure goes on as it is
+        if (unavailable := _unavailable(error)) is None:
+            raise
+        raise unavailable from error
 
 
 async def _init(connection: asyncpg.Connection[asyncpg.Record]) -> None:
@@ -136,7 +142,7 @@ class Database:
             max_inactive_connection_lifetime=0 if not self._pooler else 300,
             server_settings={"application_name": "engine-orchestrator"} if not self._pooler else {},
         )
-        async with translated():
+        async with _translated():
             await self._pool
 
     async def close(self) -> None:
@@ -165,14 +171,19 @@ class Database:
         return await self._run(lambda: self.pool.execute(query, *args), timeout_s)
 
     async def _run(self, call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
-        async with translated(), asyncio.timeout(timeout_s):
-            return await call()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call()
+        except Exception as error:  # whatever is not the connection's failure goes on as it is
+            if (unavailable := _unavailable(error)) is None:
+                raise
+            raise unavailable from error
 
     @asynccontextmanager
     async def transaction(self, *, timeout_s: float = STATEMENT_TIMEOUT_S) -> AsyncIterator[Connection]:
         """A transaction that is rolled back on any error, and ended after `timeout_s` at the latest."""
         async with (
-            translated(),
+            _translated(),
             asyncio.timeout(timeout_s),
             self.pool.acquire() as connection,
             connection.transaction(),

@@ -1,0 +1,222 @@
+"""`make bench`: each gate beside its floor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.load import hammer, request_bytes
+from bench.world import MIMIC, World, free_port, until_answers, world
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+console = Console()
+ROUNDS = 5
+USER = "bench-user"
+
+
+def main(
+    only: str = typer.Option("", help="Run only the measurements whose name contains this."),
+    seconds: float = typer.Option(1.5, help="Length of each round of load."),
+) -> None:
+    asyncio.run(_run(only, seconds))
+
+
+async def _run(only: str, seconds: float) -> None:
+    table = Table(title="engine-orchestrator: ours beside the floor of the same run", title_justify="left")
+    for column in ("measurement", "floor", "ours", "ratio or difference", "gate", ""):
+        table.add_column(column, overflow="fold")
+    async with world() as here:
+        for name, measure in MEASUREMENTS.items():
+            if only not in name:
+                continue
+            with console.status(f"{name} …"):
+                for row in await measure(here, seconds):
+                    table.add_row(*row)
+    console.print(table)
+
+
+def _row(name: str, floor: str, ours: str, figure: str, gate: str, holds: bool | None) -> tuple[str, ...]:
+    mark = "" if holds is None else "[green]✓[/]" if holds else "[red]✗[/]"
+    return name, floor, ours, figure, gate, mark
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.2f} ms"
+
+
+def _percentile(times: list[float], share: float) -> float:
+    return sorted(times)[min(len(times) - 1, int(len(times) * share))]
+
+
+# --- admit ----------------------------------------------------------------------------------------------
+
+
+async def _admit(here: World, seconds: float) -> list[tuple[str, ...]]:
+    """Look-ups with one connection (p50) and with 16 (requests a second), floor and ours in turn."""
+    url = await here.serve(ORCH_SUBPROCESS_COMMAND=f"{shlex.quote(sys.executable)} -I -S {shlex.quote(str(MIMIC))}")
+    key = await here.register(url, "bench", {"rate_limit_rpm": 1_000_000})
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        answer = await client.post(f"{url}/engines/provision", headers={"X-Platform-Key": key}, json={"user_id": USER})
+        answer.raise_for_status()
+    floor_url = await here.floor()
+    headers = {"X-Platform-Key": key}
+    ours = request_bytes("POST", f"{url}/engines/{USER}/admit", headers, b'{"auto_provision":true,"auto_wake":true}')
+    floor = request_bytes("POST", f"{floor_url}/lookup/{USER}", headers)
+
+    single: dict[str, list[float]] = {"floor": [], "ours": []}
+    rates: dict[str, list[float]] = {"floor": [], "ours": []}
+    tail: list[float] = []
+    await hammer(url, ours, 4, 0.5)
+    await hammer(floor_url, floor, 4, 0.5)
+    for _ in range(ROUNDS):
+        for name, target, request in (("floor", floor_url, floor), ("ours", url, ours)):
+            single[name].append(statistics.median(await hammer(target, request, 1, seconds)))
+            times = await hammer(target, request, 16, seconds)
+            rates[name].append(len(times) / seconds)
+            if name == "ours":
+                tail += times
+    floor_p50, ours_p50 = statistics.median(single["floor"]), statistics.median(single["ours"])
+    floor_rate, ours_rate = statistics.median(rates["floor"]), statistics.median(rates["ours"])
+    rows = [
+        _row(
+            "admit of a running engine, p50",
+            _ms(floor_p50),
+            _ms(ours_p50),
+            f"{ours_p50 / floor_p50:.2f} ×",
+            "≤ 1.5 × bare FastAPI + asyncpg",
+            ours_p50 <= 1.5 * floor_p50,
+        ),
+        _row(
+            "the same, 16 connections, one process",
+            f"{floor_rate:,.0f}/s",
+            f"{ours_rate:,.0f}/s (p99 {_ms(_percentile(tail, 0.99))})",
+            f"{ours_rate / floor_rate:.2f} ×",
+            "≥ 2,000/s",
+            ours_rate >= 2000,
+        ),
+    ]
+    await _fill(here, 100_000)
+    full = statistics.median([statistics.median(await hammer(url, ours, 1, seconds)) for _ in range(ROUNDS)])
+    rows.append(
+        _row(
+            "the same with 100,000 engines",
+            _ms(ours_p50),
+            _ms(full),
+            f"{full / ours_p50:.2f} ×",
+            "within 10 %",
+            full <= 1.1 * ours_p50,
+        )
+    )
+    await _empty(here)
+    return rows
+
+
+async def _fill(here: World, engines: int) -> None:
+    connection = await asyncpg.connect(here.database_url)
+    await connection.execute(
+        "INSERT INTO engines (id, product_id, user_id, status, engine_version, location_id, first_healthy_at) "
+        "SELECT gen_random_uuid(), p.id, 'filler-' || g, 'stopped', 'filler', e.location_id, now() "
+        "FROM generate_series(1, $1) g, (SELECT id FROM products LIMIT 1) p, "
+        "(SELECT location_id FROM engines LIMIT 1) e",
+        engines,
+    )
+    await connection.execute("ANALYZE engines")
+    await connection.close()
+
+
+async def _empty(here: World) -> None:
+    connection = await asyncpg.connect(here.database_url)
+    await connection.execute("DELETE FROM engines WHERE engine_version = 'filler'")
+    await connection.execute("VACUUM ANALYZE engines")
+    await connection.close()
+
+
+# --- cold provision and wake ----------------------------------------------------------------------------
+
+
+async def _boot_floor() -> float:
+    """The reference engine alone: from the spawn to its first 200."""
+    with tempfile.TemporaryDirectory() as data:
+        port = free_port()
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOST": "127.0.0.1",
+            "PORT": str(port),
+            "ENGINE_KEY_HASH": "0" * 64,
+            "SQLITE_DB_PATH": str(Path(data) / "brain.sqlite"),
+        }
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "engine"],
+            env=environment,
+            cwd=data,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        await until_answers(f"http://127.0.0.1:{port}/health", process)
+        took = time.perf_counter() - began
+        process.terminate()
+        process.wait(30)
+        return took
+
+
+async def _provision(here: World, _: float) -> list[tuple[str, ...]]:
+    """Cold provisions beside boots of the same engine alone, in turn; then wakes from frozen."""
+    url = await here.serve()
+    key = await here.register(url, "cold", {})
+    headers = {"X-Platform-Key": key}
+    floors, ours, wakes = [], [], []
+    async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=60) as client:
+        for number in range(9):
+            floors.append(await _boot_floor())
+            began = time.perf_counter()
+            answer = await client.post("/engines/provision", json={"user_id": f"cold-{number}"})
+            ours.append(time.perf_counter() - began)
+            answer.raise_for_status()
+        for number in range(9):
+            (await client.post(f"/engines/cold-{number}/sleep")).raise_for_status()
+            began = time.perf_counter()
+            answer = await client.post(f"/engines/cold-{number}/admit", json={"auto_wake": True})
+            wakes.append(time.perf_counter() - began)
+            assert answer.json()["admitted"], answer.text
+        for number in range(9):
+            (await client.delete(f"/engines/cold-{number}")).raise_for_status()
+    floor, mine = statistics.median(floors), statistics.median(ours)
+    wake = statistics.median(wakes)
+    return [
+        _row(
+            "cold provision, reference engine",
+            _ms(floor),
+            _ms(mine),
+            f"+ {_ms(mine - floor)}",
+            "≤ the engine's own boot + 20 ms",
+            mine - floor <= 0.020,
+        ),
+        _row("wake from frozen, whole admit", "0.02 ms", _ms(wake), f"+ {_ms(wake)}", "≤ 3 ms", wake <= 0.003),
+    ]
+
+
+MEASUREMENTS: dict[str, Callable[[World, float], Awaitable[list[tuple[str, ...]]]]] = {
+    "admit": _admit,
+    "provision": _provision,
+}
+
+if __name__ == "__main__":
+    typer.run(main)
