@@ -6,12 +6,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from orchestrator.registry.database import sql
-
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from orchestrator.registry.database import Database
+    from orchestrator.registry import Registry
 
 __all__ = ["ActivityRecorder"]
 
@@ -21,8 +19,8 @@ MAX_DENIALS = 10_000  # distinct (product, user, reason) between two flushes; th
 class ActivityRecorder:
     """Collects in memory; `flush` writes everything in a few statements. Called every half second and at the end."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
         self._admitted: dict[UUID, float] = {}
         self._keys: set[UUID] = set()
         self._denied: Counter[tuple[UUID, str, str]] = Counter()
@@ -45,25 +43,17 @@ class ActivityRecorder:
             admitted, self._admitted = self._admitted, {}
             now = time.monotonic()
             try:
-                await self._database.execute(
-                    sql("record_activity"), list(admitted), [now - at for at in admitted.values()]
-                )
+                await self._registry.admissions.record_activity({id_: now - at for id_, at in admitted.items()})
             except BaseException:
                 self._admitted = admitted | self._admitted
                 raise
         if self._keys:
             keys, self._keys = self._keys, set()
-            await self._database.execute(sql("record_key_use"), list(keys))
+            await self._registry.products.record_key_use(list(keys))
         if self._denied:
             denied, self._denied = self._denied, Counter()
             try:
-                await self._database.execute(
-                    sql("record_denials"),
-                    [product_id for product_id, _, _ in denied],
-                    [user_id for _, user_id, _ in denied],
-                    [reason for _, _, reason in denied],
-                    list(denied.values()),
-                )
+                await self._registry.admissions.record_denials(denied)
             except BaseException:
                 self._denied += denied
                 raise

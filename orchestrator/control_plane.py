@@ -26,7 +26,7 @@ from orchestrator.loops import reconcile
 from orchestrator.loops.runner import Loop, LoopRunner
 from orchestrator.policy import RateLimiter
 from orchestrator.registry import Registry
-from orchestrator.registry.database import Database, sql
+from orchestrator.registry.database import Database
 from orchestrator.registry.migrations import migrate, require_migrated
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ControlPlane:
         self.registry = Registry(self.database)
         self.http = EngineHttp()
         self.notifications = Notifications(settings.listen_url)
-        self.activity = ActivityRecorder(self.database)
+        self.activity = ActivityRecorder(self.registry)
         self.limiter = RateLimiter(self.registry.rate)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.keeper = LeaseKeeper(self.registry.engines, self.notifications, owner, settings.lease_s)
@@ -75,9 +75,8 @@ class ControlPlane:
         else:
             await require_migrated(url)
         await self.database.open()
-        self.deployment_id = await self.database.fetchval(sql("deployment_id"))
-        stored = {row["master_key_id"] for row in await self.database.fetch(sql("master_key_ids"))}
-        self.keyring.require(stored)
+        self.deployment_id = await self.registry.deployment_id()
+        self.keyring.require(await self.registry.engines.master_key_ids())
         self.backend = load_backend(settings, self.deployment_id)
         await self.backend.open()
         location_id = await self.backend.location_id()

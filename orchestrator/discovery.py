@@ -23,7 +23,6 @@ from orchestrator.errors import (
 from orchestrator.keys import sha256_hex
 from orchestrator.lifecycle.transitions import State
 from orchestrator.policy import image_of
-from orchestrator.registry.database import sql
 from orchestrator.registry.rate import SLOT_LIMIT
 from orchestrator.registry.rows import Caller, engine_url
 
@@ -79,7 +78,6 @@ class Discovery:
     ) -> None:
         self._settings = settings
         self._registry = registry
-        self._database = registry.database
         self._lifecycle = lifecycle
         self._limiter = limiter
         self._activity = activity
@@ -98,7 +96,7 @@ class Discovery:
         return self._found(row, with_key=not caller.is_admin and caller.may("admit"))
 
     async def _look_up(self, product_id: UUID, user_id: str) -> asyncpg.Record | None:
-        return await self._database.fetchrow(sql("look_up"), product_id, user_id)
+        return await self._registry.admissions.look_up(product_id, user_id)
 
     def _found(self, row: asyncpg.Record, *, with_key: bool) -> Found:
         key = self._keyring.decrypt(row["key_enc"], row["master_key_id"]) if with_key else None
@@ -122,9 +120,7 @@ class Discovery:
         """
         key_hash = sha256_hex(platform_key)
         counted = key_hash in self._counted_keys
-        row = await self._database.fetchrow(
-            sql("admit_by_key_counted" if counted else "admit_by_key"), key_hash, user_id
-        )
+        row = await self._registry.admissions.by_key(key_hash, user_id, counted=counted)
         if row is None:
             self._counted_keys.discard(key_hash)
             raise InvalidPlatformKey

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from orchestrator.registry.admissions import AdmissionRegistry
 from orchestrator.registry.audit import AuditRegistry
+from orchestrator.registry.database import sql
 from orchestrator.registry.engines import EngineRegistry
 from orchestrator.registry.fleet import FleetRegistry
 from orchestrator.registry.products import ProductRegistry
 from orchestrator.registry.rate import RateRegistry
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from orchestrator.registry.database import Database
 
 __all__ = ["Registry"]
@@ -26,3 +30,9 @@ class Registry:
         self.rate = RateRegistry(database)
         self.audit = AuditRegistry(database)
         self.fleet = FleetRegistry(database)
+        self.admissions = AdmissionRegistry(database)
+
+    async def deployment_id(self) -> UUID:
+        """The mark of ownership that the first migration made."""
+        deployment_id: UUID = await self.database.fetchval(sql("deployment_id"))
+        return deployment_id

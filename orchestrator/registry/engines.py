@@ -151,6 +151,10 @@ class EngineRegistry:
         """A narrow row for every engine of this location."""
         return await self._database.fetch(sql("engines_here"), location_id, timeout_s=10)
 
+    async def master_key_ids(self) -> set[str]:
+        """Under which master keys the engines' keys are stored."""
+        return {row["master_key_id"] for row in await self._database.fetch(sql("master_key_ids"))}
+
     async def locations(self) -> set[UUID]:
         return {row["location_id"] for row in await self._database.fetch(sql("locations"))}
 

@@ -17,7 +17,6 @@ def used_names() -> set[str]:
     found: set[str] = set()
     for path in SOURCES.rglob("*.py"):
         found.update(re.findall(r"\bsql\(\s*\"(\w+)\"", path.read_text()))
-    found.update({"admit_by_key", "admit_by_key_counted"})  # chosen by a condition
     return found
 
 
