@@ -75,27 +75,23 @@ class ChainReport:
 async def verify(registry: AuditRegistry) -> list[ChainReport]:
     """Check every chain against its hashes and its head, and that no row is left without a position."""
     reports = []
-    for chain, head_seq, head_hash in await registry.heads():
-        expected_seq, prev_hash, rows, problem = None, None, 0, None
-        async for row in registry.sequenced(chain):
-            if expected_seq is None:
-                expected_seq, prev_hash = row.seq, row.prev_hash  # retention may have cut off the beginning
-                if row.seq == 1 and row.prev_hash != "":
-                    problem = "row 1 does not begin the chain"
-            if row.seq != expected_seq:
-                problem = f"row {expected_seq} is missing"
+    for head in await registry.heads():
+        seq, prev_hash, rows, problem = head.anchor_seq, head.anchor_hash, 0, None
+        async for row in registry.sequenced(head.chain):
+            if row.seq != seq + 1:
+                problem = f"row {seq + 1} is missing"
             elif row.prev_hash != prev_hash:
-                problem = f"row {row.seq} does not follow row {(row.seq or 0) - 1}"
-            elif row.seq is None or row.hash != row_hash(row.prev_hash or "", row.seq, row):
+                problem = f"row {row.seq} does not follow row {seq}"
+            elif row.hash != row_hash(prev_hash, row.seq, row):
                 problem = f"row {row.seq} was changed"
             if problem is not None:
                 break
-            expected_seq, prev_hash, rows = (row.seq or 0) + 1, row.hash, rows + 1
-        if problem is None and head_seq >= (expected_seq or 1):
-            problem = f"rows {expected_seq or 1} to {head_seq} are missing"
-        if problem is None and rows and prev_hash != head_hash:
-            problem = "the head does not match the last row"
-        reports.append(ChainReport(chain, rows, problem))
+            seq, prev_hash, rows = seq + 1, row.hash or "", rows + 1
+        if problem is None and seq < head.seq:
+            problem = f"rows {seq + 1} to {head.seq} are missing"
+        if problem is None and (seq, prev_hash) != (head.seq, head.hash):
+            problem = f"the head, row {head.seq}, is not the last row, {seq}"
+        reports.append(ChainReport(head.chain, rows, problem))
     waiting, age_s = await registry.unsequenced()
     if waiting and age_s > LATE_S:
         reports.append(ChainReport("(unsequenced)", waiting, f"the oldest has waited {age_s:.0f} s for a sequencer"))

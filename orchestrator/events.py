@@ -33,7 +33,7 @@ class Notifications:
     def __init__(self, listen_url: str) -> None:
         self._url = listen_url
         self._waiting: defaultdict[UUID, set[asyncio.Event]] = defaultdict(set)
-        self._wishes: dict[UUID, asyncio.Event] = {}
+        self._wishes: defaultdict[UUID, list[asyncio.Event]] = defaultdict(list)
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -61,11 +61,14 @@ class Notifications:
     @contextmanager
     def wishes(self, engine_id: UUID, wished: asyncio.Event) -> Iterator[None]:
         """`wished` is set when the holder of the engine's lease is asked for something."""
-        self._wishes[engine_id] = wished
+        # A list: a lease that was lost may end after the next one on the same engine has begun.
+        self._wishes[engine_id].append(wished)
         try:
             yield
         finally:
-            self._wishes.pop(engine_id, None)
+            self._wishes[engine_id].remove(wished)
+            if not self._wishes[engine_id]:
+                del self._wishes[engine_id]
 
     def changed(self, engine_id: UUID) -> None:
         """Wake this process's own waiters."""
@@ -103,7 +106,7 @@ class Notifications:
 
     def _on_wish(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         with suppress(ValueError):
-            if (wished := self._wishes.get(UUID(str(payload)))) is not None:
+            for wished in self._wishes.get(UUID(str(payload)), ()):
                 wished.set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,11 +75,7 @@ async def boot(
         slot_taken.set()
         if found is not None and found.state is ObjectState.FROZEN:
             await means.act(lease, lambda backend: backend.thaw(lease.engine.id))
-        if lease.engine.url is None:
-            assert found is not None
-            await _record(means, lease, found.endpoint.host, found.endpoint.port, found.endpoint.container_id)
-        # An object that a dead owner created has the key of its environment, though no row says so yet.
-        applied = max(lease.engine.applied_generation, keys[0].generation)
+        applied = await _adopt(means, lease, found, keys)
 
     patience = min(settings.boot_timeout_s, patience_s or settings.boot_timeout_s)
     await _until_healthy(means, lease, patience, watch_exit=cold)
@@ -91,6 +88,18 @@ async def boot(
         await _until_healthy(means, lease, patience, watch_exit=True)
         cold = True
     return Booted(cold, boot_ms, newest.generation)
+
+
+async def _adopt(means: Means, lease: Lease, found: BackendObject | None, keys: list[EngineKey]) -> int:
+    """The row says where the object is that a dead owner may have made; the key generation that it has."""
+    assert found is not None
+    engine, at = lease.engine, found.endpoint
+    if (engine.host, engine.endpoint_port, engine.container_id) != (at.host, at.port, at.container_id):
+        await _record(means, lease, at.host, at.port, at.container_id)
+    # It has the key of its environment, though no row may say so yet.
+    if engine.spec_fingerprint in means.spec_fingerprints(engine, keys[-1]):
+        return keys[-1].generation
+    return max(engine.applied_generation, keys[0].generation)
 
 
 async def _look(means: Means, lease: Lease) -> BackendObject | None:
@@ -207,6 +216,9 @@ async def _require_alive(means: Means, lease: Lease) -> None:
         raise EngineFailed(engine.user_id, "exited", f"it exited{code} before it was healthy; see its log.")
     if found is None:
         raise EngineFailed(engine.user_id, "exited", "its object is gone.")
+    if found.state is ObjectState.FROZEN:
+        # A late freeze of somebody who has lost the engine.
+        await means.act(lease, lambda backend: backend.thaw(engine.id))
 
 
 async def push_pending_keys(means: Means, engine: Engine, applied: int) -> str:
@@ -228,7 +240,7 @@ async def push_pending_keys(means: Means, engine: Engine, applied: int) -> str:
                 secret,
                 key_hash=key.key_hash,
                 generation=key.generation,
-                overlap_s=previous.overlap_s or 0,
+                overlap_s=math.ceil(previous.overlap_s or 0),  # a key is never refused before its time
                 timeout_s=KEY_PUSH_TIMEOUT_S,
             )
             if outcome != KeyPush.UNREACHABLE:

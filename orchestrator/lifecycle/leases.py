@@ -72,10 +72,10 @@ class Lease:
         if self._why is not None:
             raise Interrupted(self._why)
 
-    def update(self, engine: Engine | None) -> Engine:
+    def update(self, engine: Engine | None, *, refused_for: Interruption = Interruption.LOST) -> Engine:
         """Keep the row that a fenced write returned. Raises `Interrupted` when the write was refused."""
         if engine is None:
-            self._why = self._why or Interruption.LOST
+            self._why = self._why or refused_for
             raise Interrupted(self._why)
         self.engine = engine
         return engine
@@ -154,11 +154,14 @@ class LeaseKeeper:
             asked = time.monotonic()
             held = dict(self._held)
             try:
-                wishes = await self._engines.renew(list(held), self.lease_s)
+                wishes = await self._engines.renew(sorted(held), self.lease_s)
             except DatabaseUnavailable as error:
                 log.warning("leases_not_renewed", leases=len(held), error=error.message)
-                await asyncio.sleep(0.2)
-                self._woken.set()
+                await self._again_soon()
+                continue
+            except Exception:  # whatever it was (a deadlock, a full disk): without this task every lease would be lost
+                log.exception("leases_not_renewed", leases=len(held))
+                await self._again_soon()
                 continue
             for key, lease in held.items():
                 if key not in self._held:
@@ -171,3 +174,7 @@ class LeaseKeeper:
                     lease.wake_wished.set()
                 elif wishes[key] is not None:
                     lease.interrupt(Interruption.WISH)
+
+    async def _again_soon(self) -> None:
+        await asyncio.sleep(0.2)
+        self._woken.set()

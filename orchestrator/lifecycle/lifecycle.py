@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import structlog
 
 from orchestrator.errors import (
+    BackendUnavailable,
     BootTimeout,
     EngineAlreadyExists,
     EngineAlreadyRunning,
@@ -31,6 +32,7 @@ from orchestrator.lifecycle.leases import Interrupted, Interruption
 from orchestrator.lifecycle.operations import Operations, Parameters
 from orchestrator.lifecycle.transitions import BOOTS, CALLS, TRANSITIONS, Call, Operation, Rule, State
 from orchestrator.registry.engines import Inserted, NewEngine
+from orchestrator.registry.rows import NOBODY
 
 if TYPE_CHECKING:
     from orchestrator.events import Notifications
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Lifecycle", "Rotated"]
 
 log = structlog.get_logger("orchestrator.lifecycle")
+
+LEAST_PATIENCE_S = 5.0  # for an engine taken over at the very end of its time
 
 OPERATION_OF = {
     Call.PROVISION: Operation.PROVISION,
@@ -106,6 +110,7 @@ class Lifecycle:
         transition = TRANSITIONS[Operation.PROVISION]
         until = time.monotonic() + transition.deadline_s(means.settings)
         while True:
+            self._refuse_when_draining()
             claimed_at = time.monotonic()
             engine, found = await means.registry.engines.insert(
                 NewEngine(
@@ -127,11 +132,14 @@ class Lifecycle:
                 )
             )
             if found is Inserted.NEW:
-                return await self._fly(engine, claimed_at)
+                return await self._await_flight(engine, self._launch(engine, claimed_at))
             join = join or found is Inserted.REPLAYED
             state = State(engine.status)
             rule = CALLS[Call.PROVISION][state]
             if rule is Rule.RETRY and not engine.ever_healthy:
+                if not engine.is_settled:
+                    await self._settled(engine, until)
+                    continue
                 if idempotency is not None:
                     await means.registry.engines.put_idempotency_key(product_id, idempotency, engine.id)
                 claimed = await self._claim(engine, Operation.PROVISION, actor, engine_version=engine_version)
@@ -141,7 +149,7 @@ class Lifecycle:
                 return await self._join(engine)
             elif join and state is State.DESTROYING:
                 await self._settled(engine, until)
-            elif join and engine.ever_healthy:
+            elif join:
                 return engine
             elif rule is Rule.BUSY:
                 raise EngineBusy(user_id, status=engine.status, operation=engine.operation)
@@ -202,13 +210,13 @@ class Lifecycle:
                 return await self._join(engine)
             if state is not State.SLEEPING:
                 return engine
-            if engine.operation is None:
+            if engine.is_settled:
                 claimed = await self._claim(engine, Operation.WAKE, actor)
                 if claimed is not None:
                     return claimed
             else:
                 if engine.operation == Operation.SLEEP:
-                    await self._means.registry.engines.set_wish(engine.id, "wake")
+                    await self._means.registry.engines.set_wish(engine, "wake", actor)
                 await self._settled(engine, until)
 
     async def recover_failed(self, product_id: UUID, user_id: str, *, actor: str) -> Engine:
@@ -221,8 +229,13 @@ class Lifecycle:
         return await self.recover(product_id, user_id, actor=actor)
 
     async def join(self, product_id: UUID, user_id: str) -> Engine:
-        """Wait for the operation under way; raises how it failed."""
-        return await self._join(await self._require(product_id, user_id))
+        """Wait for the boot under way; raises how it failed."""
+        engine = await self._require(product_id, user_id)
+        if engine.status == State.PROVISIONING:
+            return await self._join(engine)
+        if engine.status == State.FAILED and engine.last_error is not None:
+            raise RecordedError(engine.last_error)  # it ended just now
+        return engine
 
     async def wait(self, product_id: UUID, user_id: str, wanted: str, timeout_s: float) -> Engine | None:
         """Until the engine is in the state `wanted` with no operation under way (`destroyed`: None is returned).
@@ -252,48 +265,60 @@ class Lifecycle:
         """Go on with operations at this location whose owner is gone; how many were found."""
         claimed_at = time.monotonic()
         found = await self._means.registry.engines.take_over(
-            self._means.location_id, owner=self._keeper.owner, lease_s=self._keeper.lease_s, limit=limit
+            self._means.location_id,
+            owner=self._keeper.owner,
+            lease_s=self._keeper.lease_s,
+            limit=limit,
+            operations=list(Operation),
         )
         for engine, left_s in found:
             log.info("operation_taken_over", engine_id=str(engine.id), operation=engine.operation)
-            self._launch(engine, claimed_at, Parameters(patience_s=max(5.0, left_s)))
+            self._launch(engine, claimed_at, patience_s=max(LEAST_PATIENCE_S, left_s))
         return len(found)
 
     async def carry_out_wishes(self, limit: int) -> None:
         """Stops and destroys that were asked for by a process that is gone."""
         due = await self._means.registry.engines.due_wishes(self._means.location_id, self._keeper.lease_s, limit)
         for row in due:
-            operation = {"destroy": Operation.DESTROY, "stop": Operation.STOP}.get(row["wish"])
             engine = await self._means.registry.engines.by_id(row["id"])
-            if operation is not None and engine is not None:
+            if engine is not None:
                 claimed_at = time.monotonic()
-                claimed = await self._try_claim(engine, operation, "system", override=True)
+                claimed = await self._try_claim(
+                    engine,
+                    Operation(row["wish"]),
+                    row["wish_actor"],
+                    override=True,
+                    generation=row["lease_generation"],
+                )
                 if claimed is not None:
+                    log.info("wish_carried_out", engine_id=str(claimed.id), operation=claimed.operation)
                     self._launch(claimed, claimed_at)
 
-    async def restart(self, engine_id: UUID, reason: str) -> None:
-        """Bring an engine up again that should run and does not. Does not wait for the end."""
+    async def restart(self, engine_id: UUID, reason: str, generation: int) -> None:
+        """Bring an engine up again that should run and does not. Does not wait for the end.
+
+        `generation` is that of the row which the reason was found for: whoever claimed the engine since knows better.
+        """
         engine = await self._means.registry.engines.by_id(engine_id)
-        if engine is None or engine.operation is not None:
+        if engine is None or not engine.is_settled:
             return
         claimed_at = time.monotonic()
-        claimed = await self._try_claim(engine, Operation.RESTART, "system")
+        claimed = await self._try_claim(
+            engine,
+            Operation.RESTART,
+            "system",
+            parameters=Parameters(reason=reason),
+            generation=generation,
+            action="auto_restart_start",
+        )
         if claimed is not None:
-            await self._means.registry.audit.insert(
-                action="auto_restart_start",
-                product_id=engine.product_id,
-                user_id=engine.user_id,
-                engine_id=engine.id,
-                status=State.PROVISIONING,
-                metadata={"reason": reason},
-            )
             self._launch(claimed, claimed_at)
 
     async def unload_all(self) -> None:
         """Stop the processes of all engines here, leaving them `sleeping`: the next admit wakes them."""
         flights = []
         for row in await self._means.registry.engines.here(self._means.location_id):
-            if row["status"] in (State.RUNNING, State.SLEEPING) and row["operation"] is None:
+            if row["status"] in (State.RUNNING, State.SLEEPING):
                 engine = await self._means.registry.engines.by_id(row["id"])
                 claimed_at = time.monotonic()
                 claimed = engine and await self._try_claim(engine, Operation.UNLOAD, "system")
@@ -344,46 +369,54 @@ class Lifecycle:
     ) -> Engine:
         operation = OPERATION_OF[call]
         until = time.monotonic() + TRANSITIONS[operation].deadline_s(self._means.settings)
-        asked_for: UUID | None = None  # a destroy follows one engine, not whichever comes after it
+        # A call is about the engine that it found first, not about one that comes after it.
+        first = engine = await self._require(product_id, user_id)
+        wakes = False
         while True:
-            engine = await self._require(product_id, user_id) if asked_for is None else await self._again(asked_for)
-            if engine is None:
-                raise EngineNotFound(user_id)
-            rule = self._refuse(call, engine)
+            rule = self._refuse(call, engine) if not (wakes and engine.status == State.RUNNING) else Rule.DONE
             if rule is Rule.DONE and engine.operation is None:
                 return engine
             if rule is Rule.JOIN or (engine.operation == operation and rule is not Rule.WAIT):
                 joined = await self._join_same(call, engine, until)
                 if joined is not None:
                     return joined
-                continue
-            if engine.operation is None:
+            elif engine.operation is None and (engine.wish is None or rule is Rule.CANCEL):
                 claimed = await self._claim(engine, operation, actor, parameters=parameters)
                 if claimed is not None:
                     return claimed
             elif rule is Rule.CANCEL:
-                asked_for = engine.id if call is Call.DESTROY else None
-                await self._means.registry.engines.set_wish(engine.id, "destroy" if asked_for else "stop")
-                # The holder has one lease time to let go; then it is taken over.
-                await self._settled(engine, time.monotonic() + self._keeper.lease_s + 0.5, any_end=True)
-                claimed = await self._claim(engine, operation, actor, parameters=parameters, override=True)
+                claimed = await self._cancel(engine, operation, actor)
                 if claimed is not None:
                     return claimed
             else:
+                if call is Call.START and engine.operation == Operation.SLEEP:
+                    wakes = True
+                    await self._means.registry.engines.set_wish(engine, "wake", actor)
                 await self._settled(engine, until)
             if time.monotonic() > until:
                 raise EngineBusy(user_id, status=engine.status, operation=engine.operation)
+            now = await self._means.registry.engines.by_id(first.id)
+            if now is None:
+                if call is Call.DESTROY:
+                    return engine  # gone, as was asked
+                raise EngineNotFound(user_id)
+            engine = now
 
-    async def _again(self, engine_id: UUID) -> Engine | None:
-        return await self._means.registry.engines.by_id(engine_id)
+    async def _cancel(self, engine: Engine, operation: Operation, actor: str) -> Engine | None:
+        """Ask for an end of what is under way, then act; None: look again.
+
+        The holder has one lease time to let go; then it is taken over.
+        """
+        asked = await self._means.registry.engines.set_wish(engine, operation.value, actor)
+        now = engine if asked else await self._means.registry.engines.by_id(engine.id)
+        if now is None or now.operation_id != engine.operation_id:
+            return None
+        await self._settled(engine, time.monotonic() + self._keeper.lease_s + 0.5, released=True)
+        return await self._claim(engine, operation, actor, override=True)
 
     async def _join_same(self, call: Call, engine: Engine, until: float) -> Engine | None:
         """The end of the same operation under way; None: look again."""
-        if call is Call.DESTROY:
-            await self._settled(engine, until)
-            gone = await self._means.registry.engines.by_id(engine.id)
-            return engine if gone is None else None
-        if call is Call.ROTATE_KEY:
+        if call in (Call.DESTROY, Call.ROTATE_KEY):
             await self._settled(engine, until)  # each rotation is one of its own
             return None
         return await self._join(engine)
@@ -400,8 +433,14 @@ class Lifecycle:
     ) -> Engine | None:
         """Claim and carry out; None when somebody was faster."""
         claimed_at = time.monotonic()
-        claimed = await self._try_claim(engine, operation, actor, override=override, engine_version=engine_version)
-        return None if claimed is None else await self._fly(claimed, claimed_at, parameters)
+        claimed = await self._try_claim(
+            engine, operation, actor, parameters=parameters, override=override, engine_version=engine_version
+        )
+        if claimed is None:
+            return None
+        if claimed.lease_owner == NOBODY:
+            return await self._follow(claimed)
+        return await self._await_flight(claimed, self._launch(claimed, claimed_at))
 
     async def _try_claim(
         self,
@@ -409,41 +448,51 @@ class Lifecycle:
         operation: Operation,
         actor: str,
         *,
+        parameters: Parameters | None = None,
         override: bool = False,
         engine_version: str | None = None,
+        generation: int | None = None,
+        action: str | None = None,
     ) -> Engine | None:
+        self._refuse_when_draining()
         row = TRANSITIONS[operation]
-        sources = row.sources if row.during is not None else frozenset({State(engine.status)})
+        here = engine.location_id == self._means.location_id
         return await self._means.registry.engines.claim(
             engine.id,
             operation=operation,
-            from_statuses=frozenset(sources),
+            from_statuses=row.sources if row.during is not None else row.sources & {State(engine.status)},
             status=row.during if row.during is not None else engine.status,
-            owner=self._keeper.owner,
+            owner=self._keeper.owner if here else NOBODY,  # a process acts only on engines of its own location
             lease_s=self._keeper.lease_s,
             actor=actor,
             deadline_s=row.deadline_s(self._means.settings),
+            parameters=(parameters or Parameters()).kept(),
             override=override,
             engine_version=engine_version,
+            generation=generation,
+            action=action,
         )
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise BackendUnavailable("This orchestrator is ending; another one, or the next, serves the call.")
 
     # --- flights ----------------------------------------------------------------------------------------
 
-    async def _fly(self, engine: Engine, claimed_at: float, parameters: Parameters | None = None) -> Engine:
-        return await self._await_flight(engine, self._launch(engine, claimed_at, parameters))
-
-    def _launch(self, engine: Engine, claimed_at: float, parameters: Parameters | None = None) -> _Flight:
+    def _launch(self, engine: Engine, claimed_at: float, *, patience_s: float | None = None) -> _Flight:
         """Carry out the operation that `engine` was claimed for, in a task of its own."""
         assert engine.operation_id is not None
         operation_id = engine.operation_id
         flight = _Flight()
         flight.task = asyncio.create_task(
-            self._carry_out(engine, claimed_at, parameters or Parameters(), flight), name=f"{engine.operation}"
+            self._carry_out(engine, claimed_at, Parameters.of(engine, patience_s=patience_s), flight),
+            name=f"{engine.operation}",
         )
         self._flights[operation_id] = flight
 
         def landed(task: asyncio.Task[Engine]) -> None:
-            self._flights.pop(operation_id, None)
+            if self._flights.get(operation_id) is flight:  # else: lost, and taken over by ourselves
+                del self._flights[operation_id]
             self._notifications.changed(engine.id)
             if not task.cancelled():
                 task.exception()  # retrieved: there may be nobody left to see it
@@ -513,38 +562,53 @@ class Lifecycle:
             watch.add_done_callback(lambda _: self._watches.pop(operation_id, None))
         now = await asyncio.shield(watch)
         if now is None:
+            if engine.operation == Operation.DESTROY:
+                return engine
             raise EngineNotFound(engine.user_id)
-        if now.operation_id == operation_id and now.last_error is not None:
-            raise RecordedError(now.last_error)
+        if now.operation_id == operation_id:
+            if now.last_error is not None:
+                raise RecordedError(now.last_error)
+            return now
+        # Something else came after it.
+        if now.status == State.DESTROYING:
+            raise EngineBusy(engine.user_id, status=now.status, operation=now.operation)
         if engine.operation in BOOTS and now.status != State.RUNNING:
-            if now.wish == "stop":
-                raise EngineNotRunning(engine.user_id, State.STOPPED)
-            if now.operation is not None or now.status == State.DESTROYING:
+            if now.operation is not None and now.status != State.STOPPED:
                 raise EngineBusy(engine.user_id, status=now.status, operation=now.operation)
             raise EngineNotRunning(engine.user_id, now.status)
-        return now
+        ended_as = TRANSITIONS[Operation(engine.operation)].success if engine.operation in set(Operation) else None
+        return now if ended_as is None else replace(now, status=ended_as)
 
     async def _watch(self, engine: Engine, until: float) -> Engine | None:
-        """The row when this operation is over; None when the row is gone."""
+        """The row when this operation is over, or will be tried again later; None when the row is gone."""
         with self._notifications.subscription(engine.id) as changed:
             while True:
-                now = await self._means.registry.engines.by_id(engine.id)
-                if now is None or now.operation is None or now.operation_id != engine.operation_id:
+                now = await self._look(engine)
+                if now is None or now.operation_id != engine.operation_id or now.is_settled or now.gave_up_for_now:
                     return now
                 if time.monotonic() > until:
                     raise BootTimeout(engine.user_id, self._means.settings.boot_timeout_s)
                 await wait_briefly(changed)
 
-    async def _settled(self, engine: Engine, until: float, *, any_end: bool = False) -> None:
-        """Until the operation that `engine` shows is over; raises `EngineBusy` at `until`, unless `any_end`."""
+    async def _look(self, engine: Engine) -> Engine | None:
+        return await self._means.registry.engines.by_id(engine.id)
+
+    async def _settled(self, engine: Engine, until: float, *, released: bool = False) -> None:
+        """Until the operation that `engine` shows is over, and a wish for its end is carried out.
+
+        Raises `EngineBusy` at `until`, and how it failed when it will be tried again later. `released`: returns as
+        soon as its holder has let go, and at `until`.
+        """
         with self._notifications.subscription(engine.id) as changed:
             while True:
-                now = await self._means.registry.engines.by_id(engine.id)
-                if now is None or now.operation is None or now.operation_id != engine.operation_id:
+                now = await self._look(engine)
+                if now is None or now.operation_id != engine.operation_id or now.is_settled:
                     return
                 left_s = until - time.monotonic()
+                if released and (now.operation is None or left_s <= 0):
+                    return
+                if now.gave_up_for_now and now.last_error is not None and not released:
+                    raise RecordedError(now.last_error)
                 if left_s <= 0:
-                    if any_end:
-                        return
                     raise EngineBusy(engine.user_id, status=now.status, operation=now.operation)
                 await wait_briefly(changed, min(1.0, left_s))

@@ -62,7 +62,7 @@ class Means:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # A call half made would land later, behind the back of whoever takes the engine next.
-            if lease.why is Interruption.WISH:
+            if lease.why is not Interruption.LOST:
                 await asyncio.wait({task}, timeout=SETTLE_S)
             task.cancel()
             raise

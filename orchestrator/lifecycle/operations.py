@@ -25,12 +25,15 @@ from orchestrator.errors import (
 from orchestrator.events import happens_within
 from orchestrator.keys import new_engine_key, sha256_hex
 from orchestrator.lifecycle.boot import boot, push_pending_keys
-from orchestrator.lifecycle.leases import Interrupted
+from orchestrator.lifecycle.leases import Interrupted, Interruption
 from orchestrator.lifecycle.transitions import STOP_GRACE_S, TRANSITIONS, Operation, State
 from orchestrator.registry.engines import Finish
 from orchestrator.registry.rows import EngineKey
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from orchestrator.backends.base import EngineBackend
     from orchestrator.lifecycle.leases import Lease
     from orchestrator.lifecycle.means import Means
     from orchestrator.registry.rows import Engine
@@ -40,21 +43,31 @@ __all__ = ["Operations", "Parameters"]
 log = structlog.get_logger("orchestrator.lifecycle")
 
 FAILED_STOP_GRACE_S = 5
-DESTROY_RETRY_S = 5
+RETRY_S = 5.0
 ACTIVITY_FLUSH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a call adds to its operation; a take-over goes on with the defaults.
+    """What a call asks of its operation; kept in the engine's row, so that a take-over goes on with the same.
 
-    `idle_only`: go to sleep only if the engine is idle for `idle_s` after one activity flush. `patience_s`: what is
-    left of the deadline at a take-over.
+    `idle_s`: go to sleep only if the engine is idle for that long after one activity flush. `patience_s` is not
+    kept: what is left of the deadline at a take-over.
     """
 
     overlap_s: float = 0
     idle_s: float | None = None
+    reason: str | None = None
     patience_s: float | None = None
+
+    def kept(self) -> dict[str, float | str]:
+        wanted = {"overlap_s": self.overlap_s, "idle_s": self.idle_s, "reason": self.reason}
+        return {name: value for name, value in wanted.items() if value}
+
+    @classmethod
+    def of(cls, engine: Engine, *, patience_s: float | None = None) -> Parameters:
+        kept = engine.operation_parameters
+        return cls(kept.get("overlap_s", 0), kept.get("idle_s"), kept.get("reason"), patience_s)
 
 
 class Operations:
@@ -114,31 +127,36 @@ class Operations:
 
     async def _finish(self, lease: Lease, end: Finish) -> Engine:
         ended = await self._means.persist(lambda: self._means.registry.engines.finish(lease.engine, end))
-        return lease.update(ended)
+        return lease.update(ended, refused_for=Interruption.LOST if ended else await self._why_refused(lease))
+
+    async def _why_refused(self, lease: Lease) -> Interruption:
+        """A wish may arrive before its word does; then the engine is still ours to release."""
+        engine = lease.engine
+        now = await self._means.registry.engines.by_id(engine.id)
+        ours = now is not None and now.operation is not None and now.lease_generation == engine.lease_generation
+        return Interruption.WISH if ours else Interruption.LOST
 
     async def _fail(self, lease: Lease, error: OrchestratorError) -> None:
         """Record how the operation failed, and leave the engine in the state that the table names."""
         row = TRANSITIONS[Operation(lease.engine.operation or "")]
         engine = lease.engine
-        if row.operation is Operation.DESTROY:
-            # Never undone: whoever looks next tries again.
-            await self._means.registry.engines.requeue(engine, error_record(error), DESTROY_RETRY_S)
+        unavailable = isinstance(error, BackendUnavailable)
+        rotating = row.operation is Operation.ROTATE_KEY and unavailable and await self._has_next_key(engine)
+        if row.operation is Operation.DESTROY or rotating:
+            # Never undone, and a key that the engine may have heard of is never forgotten: tried again until done.
+            delay_s = min(RETRY_S, self._means.settings.lease_s)
+            await self._means.registry.engines.requeue(engine, error_record(error), delay_s)
             return
         former = State(engine.former_status or State.FAILED)
         # A backend that is away says nothing about the engine.
-        back = row.failure is None or (isinstance(error, BackendUnavailable) and engine.ever_healthy)
+        back = row.failure is None or (unavailable and engine.ever_healthy)
         status = former if back else State.FAILED
         action = None if back else row.failure_action
-        if status is State.FAILED and not isinstance(error, BackendUnavailable):
-            try:
-                await self._means.act(lease, lambda backend: backend.stop(engine.id, FAILED_STOP_GRACE_S))
-            except BackendError as stop_error:
-                log.warning("failed_engine_not_stopped", engine_id=str(engine.id), error=stop_error.message)
+        if status in (State.FAILED, State.STOPPED):
+            # Also after a call without an answer, which may have had its effect.
+            await self._attempt(lease, "stop", lambda backend: backend.stop(engine.id, FAILED_STOP_GRACE_S))
         if row.operation is Operation.SLEEP and self._means.backend.capabilities.freeze:
-            try:
-                await self._means.act(lease, lambda backend: backend.thaw(engine.id))
-            except BackendError as thaw_error:
-                log.warning("engine_not_thawed", engine_id=str(engine.id), error=thaw_error.message)
+            await self._attempt(lease, "thaw", lambda backend: backend.thaw(engine.id))
         log.warning(
             "operation_failed",
             engine_id=str(engine.id),
@@ -158,6 +176,21 @@ class Operations:
                 answers_wish="wake" if row.operation is Operation.SLEEP else None,
             ),
         )
+
+    async def _has_next_key(self, engine: Engine) -> bool:
+        keys = await self._means.registry.engines.keys(engine.id)
+        return keys[-1].generation > engine.key_generation
+
+    async def _attempt(self, lease: Lease, what: str, call: Callable[[EngineBackend], Awaitable[None]]) -> None:
+        """A backend call on the way out of a failure, which must not be made worse by a second one."""
+        try:
+            await self._means.act(lease, call)
+        except Interrupted:
+            raise
+        except BackendError as error:
+            log.warning("engine_left_as_it_is", engine_id=str(lease.engine.id), call=what, error=error.message)
+        except Exception:  # a defect of the backend: the end must be recorded all the same
+            log.exception("engine_left_as_it_is", engine_id=str(lease.engine.id), call=what)
 
     # --- up -------------------------------------------------------------------------------------------
 
@@ -186,6 +219,7 @@ class Operations:
                 healthy=True,
                 boot_ms=booted.boot_ms if booted.cold else None,
                 applied_generation=booted.applied_generation,
+                key_generation=booted.applied_generation,  # one whose rotation was cut short is in force now
             ),
         )
 
@@ -203,8 +237,8 @@ class Operations:
         means, engine = self._means, lease.engine
         assert engine.url is not None
         if engine.wish == "wake":
-            lease.wake_wished.set()
-        if means.backend.capabilities.freeze and not lease.wake_wished.is_set():
+            return await self._awake_after_all(lease)  # asked of a dead owner
+        if means.backend.capabilities.freeze:
             found = await means.act(lease, lambda backend: backend.find(engine.id))
             if found is not None and found.state is ObjectState.FROZEN:
                 return await self._asleep(lease)  # a dead owner had come this far
@@ -236,16 +270,17 @@ class Operations:
             return lease.update(slept)
         now = await means.registry.engines.by_id(engine.id)
         if now is not None and now.lease_generation == engine.lease_generation and now.wish == "wake":
-            return await self._awake_after_all(lease)
-        return lease.update(None)
+            return await self._awake_after_all(lease, stopped=not frozen)
+        return lease.update(None, refused_for=await self._why_refused(lease))
 
-    async def _awake_after_all(self, lease: Lease) -> Engine:
+    async def _awake_after_all(self, lease: Lease, *, stopped: bool = False) -> Engine:
         means, engine = self._means, lease.engine
+        if stopped:
+            # Stay asleep, the wake starts it.
+            return await self._finish(lease, Finish(status=State.SLEEPING, action="sleep", answers_wish="wake"))
         if means.backend.capabilities.freeze:
             await means.act(lease, lambda backend: backend.thaw(engine.id))
-            return await self._finish(lease, Finish(status=State.RUNNING, healthy=True, answers_wish="wake"))
-        # Stopped already: stay asleep, the wake starts it.
-        return await self._finish(lease, Finish(status=State.SLEEPING, action="sleep", answers_wish="wake"))
+        return await self._finish(lease, Finish(status=State.RUNNING, answers_wish="wake"))
 
     # --- keys -----------------------------------------------------------------------------------------
 
@@ -253,14 +288,6 @@ class Operations:
         """The next key is recorded before the engine hears of it; a take-over goes on with the same one."""
         means, engine = self._means, lease.engine
         state = State(engine.status)
-        generation = engine.key_generation + 1
-        secret = new_engine_key()
-        ciphertext, master_key_id = means.keyring.encrypt(secret)
-        key = EngineKey(generation, sha256_hex(secret), ciphertext, master_key_id, None)
-        await means.persist(lambda: means.registry.engines.record_next_key(engine, key, parameters.overlap_s))
-        lease.check()
-        metadata: dict[str, object] = {"generation": generation, "overlap_seconds": parameters.overlap_s}
-
         found = None
         if means.backend.capabilities.listing:
             found = await means.act(lease, lambda backend: backend.find(engine.id))
@@ -269,12 +296,20 @@ class Operations:
         else:
             live = await means.act(lease, lambda backend: backend.is_running(engine.id))
             frozen = False
+        generation = engine.key_generation + 1
+        secret = new_engine_key()
+        ciphertext, master_key_id = means.keyring.encrypt(secret)
+        key = EngineKey(generation, sha256_hex(secret), ciphertext, master_key_id, None)
+        await means.persist(lambda: means.registry.engines.record_next_key(engine, key, parameters.overlap_s))
+        lease.check()
+        metadata: dict[str, object] = {"generation": generation, "overlap_seconds": parameters.overlap_s}
         end = Finish(
             status=state, action="rotate_key", metadata=metadata | {"restarted": False}, key_generation=generation
         )
-        if state is State.RUNNING and live:
-            slot_taken.set()
-            if await push_pending_keys(means, engine, engine.applied_generation) == KeyPush.TAKEN:
+        if state is State.RUNNING:
+            if frozen:  # by somebody who has lost the engine
+                await means.act(lease, lambda backend: backend.thaw(engine.id))
+            if (live or frozen) and await push_pending_keys(means, engine, engine.applied_generation) == KeyPush.TAKEN:
                 return await self._finish(lease, replace(end, applied_generation=generation))
             return await self._replace_for_key(lease, end, slot_taken)
         slot_taken.set()
@@ -291,8 +326,12 @@ class Operations:
             booted = await boot(self._means, lease, slot_taken=slot_taken, fresh=True)
         except BackendUnavailable:
             raise
+        except DatabaseUnavailable:
+            raise
         except OrchestratorError as error:
             # The key is in force all the same: a leaked one must be revocable.
+            engine_id = lease.engine.id
+            await self._attempt(lease, "stop", lambda backend: backend.stop(engine_id, FAILED_STOP_GRACE_S))
             await self._finish(
                 lease,
                 replace(end, status=State.FAILED, error=error_record(error), metadata=metadata),

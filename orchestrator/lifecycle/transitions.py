@@ -70,7 +70,6 @@ class Transition:
         return {
             "boot": settings.queue_timeout_s + settings.pull_timeout_s + settings.boot_timeout_s,
             "stop": STOP_GRACE_S + 30,
-            "short": 30.0,
             "destroy": STOP_GRACE_S + 30,
         }[self.deadline]
 
@@ -178,7 +177,7 @@ TRANSITIONS: Final[Mapping[Operation, Transition]] = {
             _S.SLEEPING,
             None,
             trigger="sleep, the idle loop",
-            deadline="short",
+            deadline="stop",  # a backend that cannot freeze stops it
             after_deadline="running again: thawed",
             success_action="sleep",
         ),

@@ -34,14 +34,16 @@ async def reconcile(means: Means, lifecycle: Lifecycle) -> None:
     """
     if not means.backend.capabilities.listing:
         return
-    objects = {found.engine_id: found for found in await means.backend.list()}
+    # Rows first: an engine that somebody claims after that is none of ours (its generation has changed).
     rows = await means.registry.engines.here(means.location_id)
+    objects = {found.engine_id: found for found in await means.backend.list()}
     for row in rows:
         if row["operation"] is not None or row["status"] != State.RUNNING:
             continue
         found = objects.get(row["id"])
         if found is None or (found.state is ObjectState.EXITED and not means.backend.capabilities.restarts):
             log.warning("running_engine_gone", engine_id=str(row["id"]))
-            await lifecycle.restart(row["id"], "object_gone")
+            await lifecycle.restart(row["id"], "object_gone", row["lease_generation"])
         elif found.state is ObjectState.FROZEN:
-            await lifecycle.restart(row["id"], "frozen")  # a late freeze of a dead owner
+            # a late freeze of a dead owner
+            await lifecycle.restart(row["id"], "frozen", row["lease_generation"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.registry.database import Database, sql
-from orchestrator.registry.rows import AuditRow
+from orchestrator.registry.rows import AuditHead, AuditRow
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -60,9 +60,9 @@ class AuditRegistry:
             await connection.execute(sql("set_chain_head"), chain, placed[-1][1], placed[-1][3])
             return len(placed)
 
-    async def heads(self) -> list[tuple[str, int, str]]:
-        """`(chain, seq, hash)` of every chain."""
-        return [(row["chain"], row["seq"], row["hash"]) for row in await self._database.fetch(sql("chain_heads"))]
+    async def heads(self) -> list[AuditHead]:
+        """The head of every chain that has one, or has rows."""
+        return [AuditHead(**dict(row)) for row in await self._database.fetch(sql("chain_heads"), timeout_s=30)]
 
     async def sequenced(self, chain: str) -> AsyncIterator[AuditRow]:
         """The rows of one chain in order, read a page at a time."""

@@ -174,12 +174,17 @@ class EngineRegistry:
         lease_s: float,
         actor: str,
         deadline_s: float,
+        parameters: dict[str, Any] | None = None,
         override: bool = False,
         engine_version: str | None = None,
+        generation: int | None = None,
+        action: str | None = None,
     ) -> Engine | None:
-        """Take the engine for an operation and show `status`; None when its state or another's lease forbids it.
+        """Take the engine for an operation and show `status`; None when state, a wish or another's lease forbids it.
 
         `override`: also from a holder whose lease has run out, or who has not answered a wish for one lease time.
+        `generation`: only if nobody has claimed it since. `action`: also an audit row, with the parameters.
+        The owner `NOBODY` leaves the operation to whoever takes it over.
         """
         row = await self._database.fetchrow(
             sql("claim"),
@@ -193,14 +198,17 @@ class EngineRegistry:
             deadline_s,
             override,
             engine_version,
+            generation,
+            parameters or {},
+            action,
         )
         return None if row is None else Engine.of(row)
 
     async def take_over(
-        self, location_id: UUID, *, owner: str, lease_s: float, limit: int, engine_id: UUID | None = None
+        self, location_id: UUID, *, owner: str, lease_s: float, limit: int, operations: list[str]
     ) -> list[tuple[Engine, float]]:
         """Claim operations whose owner is gone, as they are; each with the seconds left of its deadline."""
-        rows = await self._database.fetch(sql("take_over"), location_id, owner, lease_s, limit, engine_id)
+        rows = await self._database.fetch(sql("take_over"), location_id, owner, lease_s, limit, operations)
         return [(Engine.of(row), row["deadline_left_s"] or 0.0) for row in rows]
 
     async def renew(self, held: list[tuple[UUID, int]], lease_s: float) -> dict[tuple[UUID, int], str | None]:
@@ -210,11 +218,15 @@ class EngineRegistry:
         )
         return {(row["id"], row["lease_generation"]): row["wish"] for row in rows}
 
-    async def set_wish(self, engine_id: UUID, wish: str) -> bool:
-        """Ask the holder of the lease to give up for `wake`, `stop` or `destroy`; False when there is none."""
-        return await self._database.fetchrow(sql("set_wish"), engine_id, wish) is not None
+    async def set_wish(self, engine: Engine, wish: str, actor: str) -> bool:
+        """Ask for an end of the operation that `engine` shows, by `wake`, `stop` or `destroy`.
+
+        False when that operation is over, or a wish at least as strong waits already.
+        """
+        return await self._database.fetchrow(sql("set_wish"), engine.id, engine.operation_id, wish, actor) is not None
 
     async def due_wishes(self, location_id: UUID, lease_s: float, limit: int) -> list[asyncpg.Record]:
+        """`id`, `wish`, `wish_actor`, `lease_generation` of engines whose wish nobody carries out."""
         return await self._database.fetch(sql("due_wishes"), location_id, lease_s, limit)
 
     # --- what an operation writes on its way ------------------------------------------------------------
@@ -253,7 +265,7 @@ class EngineRegistry:
             return None if row is None else Engine.of(row)
 
     async def record_next_key(self, engine: Engine, key: EngineKey, overlap_s: float) -> None:
-        """The next key, before the engine hears of it. No effect when it is there already, or the lease is lost."""
+        """The next key, before the engine hears of it; one that is there already stays. No effect without the lease."""
         await self._database.execute(
             sql("rotated_key"),
             engine.id,

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["ALL_SCOPES", "AuditRow", "Caller", "Engine", "EngineKey", "Product"]
+__all__ = ["ALL_SCOPES", "NOBODY", "AuditHead", "AuditRow", "Caller", "Engine", "EngineKey", "Product"]
 
+NOBODY = "nobody"  # owns the lease of an operation that waits to be taken over
 ALL_SCOPES = frozenset({"read", "admit", "manage"})
 
 
@@ -77,6 +78,7 @@ class Engine:
     operation: str | None
     operation_id: UUID | None
     operation_started_at: datetime | None
+    operation_parameters: dict[str, Any]
     deadline_at: datetime | None
     former_status: str | None
     wish: str | None
@@ -102,6 +104,16 @@ class Engine:
         return self.first_healthy_at is not None
 
     @property
+    def is_settled(self) -> bool:
+        """No operation is under way, and none is asked for."""
+        return self.operation is None and self.wish is None
+
+    @property
+    def gave_up_for_now(self) -> bool:
+        """The operation under way has failed (`last_error`) and will be tried again."""
+        return self.lease_owner == NOBODY and self.last_error is not None
+
+    @property
     def url(self) -> str | None:
         return engine_url(self.host, self.endpoint_port)
 
@@ -114,6 +126,17 @@ def engine_url(host: str | None, port: int | None) -> str | None:
     if host is None or port is None:
         return None
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditHead:
+    """The last row of a chain, and the one before its first (0 and empty, unless retention has removed rows)."""
+
+    chain: str
+    seq: int
+    hash: str
+    anchor_seq: int
+    anchor_hash: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,12 @@ INSERT INTO audit_heads (chain, seq, hash) VALUES ($1, $2, $3)
 ON CONFLICT (chain) DO UPDATE SET seq = excluded.seq, hash = excluded.hash
 
 -- name: chain_heads
-SELECT chain, seq, hash FROM audit_heads ORDER BY chain
+-- Also chains that have rows and, against all rules, no head.
+SELECT chain, coalesce(h.seq, 0) AS seq, coalesce(h.hash, '') AS hash,
+       coalesce(h.anchor_seq, 0) AS anchor_seq, coalesce(h.anchor_hash, '') AS anchor_hash
+FROM audit_heads h
+FULL JOIN (SELECT DISTINCT chain FROM audit_log WHERE seq IS NOT NULL) rows USING (chain)
+ORDER BY chain
 
 -- name: sequenced_rows
 SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms,

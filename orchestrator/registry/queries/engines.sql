@@ -66,37 +66,50 @@ SELECT generation, key_hash, key_enc, master_key_id,
 FROM engine_keys WHERE engine_id = $1 ORDER BY generation
 
 -- name: claim
-UPDATE engines SET
-    lease_generation = lease_generation + 1,
-    lease_owner = $3,
-    lease_until = now() + make_interval(secs => $4),
-    operation = $5,
-    operation_id = gen_random_uuid(),
-    operation_started_at = now(),
-    operation_actor = $7,
-    deadline_at = now() + make_interval(secs => $8),
-    former_status = CASE status WHEN 'provisioning' THEN 'failed' WHEN 'destroying' THEN former_status ELSE status END,
-    status = $6,
-    wish = NULL,
-    wish_at = NULL,
-    last_error = NULL,
-    engine_version = coalesce($10, engine_version)
-WHERE id = $1
-  AND status = ANY ($2::text[])
-  AND (operation IS NULL OR ($9 AND (wish_at < now() - make_interval(secs => $4)
-                                     OR lease_until < now()
-                                     OR lease_until > now() + make_interval(secs => $4 + 1))))
-RETURNING *, pg_notify('orchestrator_engine', id::text)
+-- A wish that waits is overtaken only by what fulfils it; $11: only if nobody claimed the engine since that generation.
+WITH claimed AS (
+    UPDATE engines SET
+        lease_generation = lease_generation + 1,
+        lease_owner = $3,
+        lease_until = CASE WHEN $3 = 'nobody' THEN now() ELSE now() + make_interval(secs => $4) END,
+        operation = $5,
+        operation_id = gen_random_uuid(),
+        operation_started_at = now(),
+        operation_actor = $7,
+        operation_parameters = $12,
+        deadline_at = now() + make_interval(secs => $8),
+        former_status = CASE status WHEN 'provisioning' THEN 'failed' WHEN 'destroying' THEN former_status
+                                    ELSE status END,
+        status = $6,
+        wish = NULL,
+        wish_at = NULL,
+        wish_actor = NULL,
+        last_error = NULL,
+        engine_version = coalesce($10, engine_version)
+    WHERE id = $1
+      AND status = ANY ($2::text[])
+      AND ($11::bigint IS NULL OR lease_generation = $11)
+      AND (wish IS NULL OR wish = 'wake' OR wish = $5 OR $5 = 'destroy')
+      AND (operation IS NULL OR ($9 AND (wish_at < now() - make_interval(secs => $4)
+                                         OR lease_until < now()
+                                         OR lease_until > now() + make_interval(secs => $4 + 1))))
+    RETURNING *
+), logged AS (
+    INSERT INTO audit_log (product_id, user_id, engine_id, action, actor, status, metadata)
+    SELECT product_id, user_id, id, $13::text, operation_actor, status, $12 FROM claimed WHERE $13::text IS NOT NULL
+)
+SELECT *, pg_notify('orchestrator_engine', id::text) FROM claimed
 
 -- name: take_over
--- Operations at this location whose owner is gone, with their direction unchanged.
+-- Operations at this location whose owner is gone, with their direction unchanged. Not those that somebody wishes
+-- to end (`due_wishes`), and none that this version does not know.
 UPDATE engines SET
     lease_generation = lease_generation + 1,
     lease_owner = $2,
     lease_until = now() + make_interval(secs => $3)
 WHERE id IN (
     SELECT id FROM engines
-    WHERE location_id = $1 AND operation IS NOT NULL AND ($5::uuid IS NULL OR id = $5)
+    WHERE location_id = $1 AND operation = ANY ($5::text[]) AND (wish IS NULL OR wish = 'wake')
       AND (lease_until < now() OR lease_until > now() + make_interval(secs => $3 + 1))
     ORDER BY lease_until
     LIMIT $4
@@ -111,24 +124,25 @@ WHERE e.id = held.id AND e.lease_generation = held.generation AND e.operation IS
 RETURNING e.id, e.lease_generation, e.wish
 
 -- name: set_wish
--- Ask the holder of the lease to give up in favour of something stronger; a destroy shows at once.
+-- Ask the holder of the lease to give up this operation in favour of something stronger; a destroy shows at once.
 UPDATE engines SET
-    wish = $2,
+    wish = $3,
     wish_at = now(),
-    former_status = CASE WHEN $2 = 'destroy' AND status NOT IN ('destroying', 'provisioning') THEN status
+    wish_actor = $4,
+    former_status = CASE WHEN $3 = 'destroy' AND status NOT IN ('destroying', 'provisioning') THEN status
                          ELSE former_status END,
-    status = CASE WHEN $2 = 'destroy' THEN 'destroying' ELSE status END
-WHERE id = $1 AND operation IS NOT NULL AND operation <> 'destroy'
+    status = CASE WHEN $3 = 'destroy' THEN 'destroying' ELSE status END
+WHERE id = $1 AND operation_id = $2 AND operation IS NOT NULL AND operation <> 'destroy'
   AND coalesce(array_position(ARRAY['wake', 'stop', 'destroy'], wish), 0)
-      < array_position(ARRAY['wake', 'stop', 'destroy'], $2)
+      < array_position(ARRAY['wake', 'stop', 'destroy'], $3)
 RETURNING id, pg_notify('orchestrator_engine', id::text), pg_notify('orchestrator_wish', id::text)
 
 -- name: due_wishes
--- Wishes whose asker is gone and that nobody carries out.
-SELECT id, product_id, user_id, wish, status FROM engines
-WHERE location_id = $1 AND wish IS NOT NULL
+-- Wishes that nobody carries out: the holder is gone or does not answer, or has let go and the asker is gone.
+SELECT id, wish, wish_actor, lease_generation FROM engines
+WHERE location_id = $1 AND wish IN ('stop', 'destroy')
   AND (operation IS NULL OR wish_at < now() - make_interval(secs => $2 + 1)
-       OR wish_at > now() + make_interval(secs => $2))
+       OR lease_until < now() OR lease_until > now() + make_interval(secs => $2 + 1))
 ORDER BY wish_at LIMIT $3
 
 -- name: begin_create
@@ -165,6 +179,7 @@ WITH done AS (
         deadline_at = NULL,
         wish = NULL,
         wish_at = NULL,
+        wish_actor = NULL,
         first_healthy_at = CASE WHEN $5 THEN coalesce(first_healthy_at, now()) ELSE first_healthy_at END,
         last_health_at = CASE WHEN $5 THEN now() ELSE last_health_at END,
         running_since = CASE WHEN $5 THEN now() WHEN $3 = 'running' THEN running_since END,
@@ -182,9 +197,8 @@ WITH done AS (
            (extract(epoch FROM clock_timestamp() - operation_started_at) * 1000)::integer
     FROM done WHERE $10::text IS NOT NULL
 ), unneeded_keys AS (
-    DELETE FROM engine_keys k USING done
-    WHERE k.engine_id = done.id
-      AND (k.generation < done.applied_generation OR (k.generation > done.key_generation AND $4 IS NOT NULL))
+    -- Older than the engine's own. A newer one stays, whatever failed: the engine may have heard of it.
+    DELETE FROM engine_keys k USING done WHERE k.engine_id = done.id AND k.generation < done.applied_generation
 ), freed AS (
     DELETE FROM idempotency_keys i USING done WHERE i.engine_id = done.id AND $10::text = 'provision_failed'
 )
@@ -238,7 +252,7 @@ SELECT engine_id FROM tombstones WHERE engine_id = $1
 -- name: restart_wait
 -- Seconds until an admit may restart a failed engine: after the last attempt, and while restarts are parked.
 SELECT greatest(0,
-    extract(epoch FROM restart_ended_at + make_interval(secs => $2) - now()),
+    CASE WHEN restart_ended_at <= now() THEN extract(epoch FROM restart_ended_at + make_interval(secs => $2) - now()) END,
     extract(epoch FROM restart_parked_until - now()))::double precision
 FROM engines WHERE id = $1
 
@@ -248,7 +262,7 @@ WHERE id = $1 AND status = ANY ($2::text[])
 RETURNING *
 
 -- name: engines_here
-SELECT id, product_id, user_id, status, operation, incarnation, container_id, first_healthy_at
+SELECT id, product_id, user_id, status, operation, lease_generation, incarnation, container_id, first_healthy_at
 FROM engines WHERE location_id = $1
 
 -- name: locations

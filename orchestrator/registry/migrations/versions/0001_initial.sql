@@ -75,10 +75,12 @@ CREATE TABLE engines (
     operation_id         uuid,
     operation_started_at timestamptz,
     operation_actor      text,
+    operation_parameters jsonb NOT NULL DEFAULT '{}',
     deadline_at          timestamptz,
     former_status        text,
     wish                 text CHECK (wish IN ('wake', 'stop', 'destroy')),
     wish_at              timestamptz,
+    wish_actor           text,
     lease_generation     bigint NOT NULL DEFAULT 0,
     lease_owner          text,
     lease_until          timestamptz,
@@ -103,7 +105,9 @@ CREATE TABLE engines (
     keep_alive_until     timestamptz,
 
     CHECK ((operation IS NULL) = (lease_owner IS NULL)),
-    CHECK ((operation IS NULL) = (lease_until IS NULL))
+    CHECK ((operation IS NULL) = (lease_until IS NULL)),
+    -- A state on the way to another one: somebody must be at it, or be asked to be.
+    CHECK (status NOT IN ('provisioning', 'destroying') OR operation IS NOT NULL OR wish IS NOT NULL)
 ) WITH (fillfactor = 80);
 CREATE UNIQUE INDEX engines_user ON engines (product_id, user_id) WHERE user_id IS NOT NULL;
 CREATE UNIQUE INDEX engines_port ON engines (location_id, port) WHERE port IS NOT NULL;
@@ -115,6 +119,7 @@ CREATE INDEX engines_wish ON engines (location_id) WHERE wish IS NOT NULL;
 COMMENT ON COLUMN engines.user_id IS 'NULL: an engine of the warm pool.';
 COMMENT ON COLUMN engines.port IS 'The allocated host port, for life; NULL where none is published.';
 COMMENT ON COLUMN engines.operation_id IS 'Of the operation under way, or of the last one.';
+COMMENT ON COLUMN engines.operation_parameters IS 'What the call asked of it, for whoever takes it over.';
 COMMENT ON COLUMN engines.last_error IS 'Why the last operation failed: {code, message, details}.';
 COMMENT ON COLUMN engines.applied_generation IS 'The key generation that the engine itself is known to have.';
 
@@ -186,10 +191,13 @@ CREATE INDEX audit_log_engine ON audit_log (engine_id, id);
 CREATE INDEX audit_log_user ON audit_log (product_id, user_id, id);
 
 CREATE TABLE audit_heads (
-    chain text PRIMARY KEY,
-    seq   bigint NOT NULL,
-    hash  text NOT NULL
+    chain       text PRIMARY KEY,
+    seq         bigint NOT NULL,
+    hash        text NOT NULL,
+    anchor_seq  bigint NOT NULL DEFAULT 0,
+    anchor_hash text NOT NULL DEFAULT ''
 );
+COMMENT ON COLUMN audit_heads.anchor_seq IS 'The last row that retention removed; the chain begins after it.';
 
 -- One row per product, user, reason and minute, with a count: a refusal must not cost a row each.
 CREATE TABLE admit_denials (
