@@ -60,6 +60,9 @@ class TestRotated:
     def test_overlap_keeps_the_old_key_until_its_end(self) -> None:
         assert rotated(KeyRecord(A, 1), B, 2, 300, NOW) == KeyRecord(B, 2, (RetiredKey(A, 1, NOW + 300, 300),))
 
+    def test_no_overlap_forgets_the_old_key(self) -> None:
+        assert rotated(KeyRecord(A, 1), B, 2, 0, NOW) == KeyRecord(B, 2)
+
     def test_no_overlap_drops_the_old_key_but_not_overlaps_promised_before(self) -> None:
         first = rotated(KeyRecord(A, 1), B, 2, 300, NOW)
         assert accepted(keyring(rotated(first, C, 3, 0, NOW + 1), Clock(NOW + 1))) == "ac"
