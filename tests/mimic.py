@@ -40,6 +40,7 @@ FLAGS: dict[str, Any] = {
     "leak": 0.0,  # MiB a second
     "no_admin": False,  # 404 for /admin/key
     "children": 0,  # processes of its own that sleep, and ignore SIGTERM
+    "children_let_go": False,  # they close what they inherited
     "say": "",  # a line for the log at start
 }
 MAX_BODY = 1024 * 1024
@@ -131,6 +132,8 @@ class Mimic:
         pid = os.fork()
         if pid == 0:
             _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+            if self.flags["children_let_go"]:
+                os.closerange(3, 256)
             while True:
                 time.sleep(3600)
         self.children.append(pid)

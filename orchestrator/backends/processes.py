@@ -87,6 +87,31 @@ def alive(identity: Identity) -> bool:
     return state(identity) is not ObjectState.EXITED
 
 
+def stands_still(identity: Identity) -> bool:
+    """True when every thread of the process, and of its descendants in its group, is stopped.
+
+    A stop reaches one thread after the other; until then another one may still write.
+    """
+    return state(identity) is ObjectState.FROZEN and _tree_stands_still(identity.pid, identity.pid)
+
+
+def _tree_stands_still(pid: int, group: int) -> bool:
+    tasks = f"{PROC}/{pid}/task"
+    try:
+        for thread in os.listdir(tasks):
+            status = _parsed(f"{tasks}/{thread}/stat")
+            if status is None or status.state in "ZX":
+                continue
+            if status.group == group and status.state != "T":
+                return False
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"{tasks}/{thread}/children") as file:
+                if not all(_tree_stands_still(int(child), group) for child in file.read().split()):
+                    return False
+    except FileNotFoundError:
+        return True  # gone, or there is no process table
+    return True
+
+
 def signal_group(identity: Identity, number: signal.Signals) -> bool:
     """Signal the whole group that the process leads; False when the process is gone."""
     if not alive(identity):
@@ -277,13 +302,16 @@ def _name(pid: int) -> str:
 
 
 def _status(pid: int) -> _Status | None:
+    found = _parsed(f"{PROC}/{pid}/stat")
+    return _status_from_ps(pid) if found is None and not _has_proc() else found
+
+
+def _parsed(path: str) -> _Status | None:
     try:
-        with open(f"{PROC}/{pid}/stat", "rb") as file:
+        with open(path, "rb") as file:
             text = file.read().decode(errors="replace")
-    except ProcessLookupError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
-    except FileNotFoundError:
-        return None if _has_proc() else _status_from_ps(pid)
     fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
     return _Status(
         state=fields[0],

@@ -184,15 +184,15 @@ class SubprocessBackend(EngineBackend):
             return await asyncio.to_thread(self._objects)
 
     async def freeze(self, engine_id: UUID) -> None:
-        """SIGSTOP for the whole group; returns when the process really stands still."""
+        """SIGSTOP for the whole group; returns when all of it really stands still."""
         files = self._files(engine_id)
         with _mapped("freeze", engine_id):
             identity = self._live_or_missing(files)
             if not processes.signal_group(identity, signal.SIGSTOP):
                 raise ObjectMissing(str(engine_id))
             patience = _Patience(_FREEZE_PATIENCE_S, first_pause=0)
-            while (state := processes.state(identity)) is not ObjectState.FROZEN:
-                if state is ObjectState.EXITED:
+            while not processes.stands_still(identity):
+                if not processes.alive(identity):
                     raise ObjectMissing(str(engine_id))
                 if not await patience.pause():
                     raise BackendUnavailable(f"Engine {engine_id} does not stand still after {_FREEZE_PATIENCE_S:g} s.")

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -306,9 +307,14 @@ async def test_a_zombie_of_another_orchestrator_has_exited(world: World) -> None
 
 async def test_a_record_that_was_never_finished_is_no_engine(world: World) -> None:
     engine_id, port = await world.make()
-    await world.backend.stop(engine_id)
     record = world.files(engine_id).record
     whole = record.read_text()
+    for end in range(len(whole) - 1):
+        record.write_text(whole[:end])
+        assert await world.state(engine_id) is ObjectState.EXITED
+    record.write_text(whole)
+    assert await world.state(engine_id) is ObjectState.RUNNING
+    await world.backend.stop(engine_id)
     for part in ("", whole[: len(whole) // 2], whole.removesuffix("end\n")):
         record.write_text(part)
         assert await world.state(engine_id) is ObjectState.EXITED
@@ -341,6 +347,28 @@ async def test_a_process_that_merely_has_the_number_is_never_touched(world: Worl
 
 
 @needs_proc
+async def test_another_group_of_the_same_number_is_left_alone(world: World) -> None:
+    engine_id, _ = await world.make()
+    await world.backend.stop(engine_id)
+    files = world.files(engine_id)
+    with running("sh", "-c", "sleep 1000 >/dev/null & echo $!") as leader:
+        innocent = int(await line_of(leader))
+        start = status_of(leader.pid)[19]
+        await asyncio.to_thread(leader.wait)
+        try:
+            assert status_of(innocent)[2] == str(leader.pid)  # its group
+            for call in (world.backend.stop, world.backend.start, world.backend.destroy):
+                record = f"pid {leader.pid}\nstart {start}\nboot {processes.boot_id()}\nend\n"
+                files.record.write_text(record)
+                await call(engine_id)
+                assert status_of(innocent)[0] == "S"
+                if call == world.backend.start:
+                    await world.backend.stop(engine_id)
+        finally:
+            os.kill(innocent, signal.SIGKILL)
+
+
+@needs_proc
 async def test_children_of_an_engine_are_stopped_and_frozen_with_it(world: World) -> None:
     engine_id, port = await world.make(children=2)
     me = await ask(port, "/me")
@@ -354,8 +382,10 @@ async def test_children_of_an_engine_are_stopped_and_frozen_with_it(world: World
 
 @needs_proc
 @pytest.mark.parametrize("call", ["start", "create", "stop", "destroy"])
-async def test_children_that_a_crash_left_are_ended(world: World, call: str) -> None:
-    engine_id, port = await world.make(children=2)  # they keep the lock and the port, and ignore SIGTERM
+@pytest.mark.parametrize("let_go", [0, 1])
+async def test_children_that_a_crash_left_are_ended(world: World, call: str, let_go: int) -> None:
+    # They ignore SIGTERM, and keep the lock and the port unless they let go.
+    engine_id, port = await world.make(children=2, children_let_go=let_go)
     children = (await ask(port, "/me"))["children"]
     await crash(port)
     await world.ended(engine_id)
@@ -560,9 +590,15 @@ async def test_a_launcher_that_fails_leaves_nothing(world: World) -> None:
 # --- the place ------------------------------------------------------------------------------------------------
 
 
-async def test_one_location_however_many_ask_first(world: World) -> None:
+async def test_one_location_however_many_ask_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     (world.root / "location_id").unlink()
-    found = await asyncio.gather(*(world.another().location_id() for _ in range(20)))
+
+    def slow_uuid4() -> UUID:
+        time.sleep(0.05)  # time enough for the others to find no location either
+        return uuid4()
+
+    monkeypatch.setattr(subprocess_backend, "uuid4", slow_uuid4)
+    found = await asyncio.gather(*(world.another().location_id() for _ in range(4)))
     assert len(set(found)) == 1
     assert (world.root / "location_id").read_text() == f"{found[0]}\n"
 
@@ -666,15 +702,17 @@ async def test_without_a_process_table_and_process_descriptors(
         processes.boot_id.cache_clear()
 
 
-async def test_the_lock_of_removed_data_is_worth_nothing(world: World) -> None:
+async def test_the_lock_of_removed_data_is_worth_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     files = world.files(uuid4())
-    files.data.mkdir()
-    stale = os.open(files.lock, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(stale, fcntl.LOCK_EX)
+    flock = fcntl.flock
+
+    def flock_too_late(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
         files.remove()
-        with files.locked(make=True) as lock:
-            assert lock is not None
-    finally:
-        os.close(stale)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_too_late)
+    with files.locked(make=True) as lock:
+        assert lock is not None
+        assert files.is_locked()  # everybody else meets the same lock
     files.remove()

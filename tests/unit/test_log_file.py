@@ -49,10 +49,10 @@ async def test_long_lines_are_cut_and_memory_stays_small(tmp_path: Path) -> None
     with path.open("wb") as file:
         for _ in range(32):
             file.write(b"x" * 1024 * 1024)
-        file.write(b"\nshort\n")
+        file.write(b"\nshort\n" + b"y" * (LONGEST_LINE + 1) + b"\n")
     tracemalloc.start()
     try:
-        assert [len(line) for line in await lines_of(path, 2)] == [LONGEST_LINE, 5]
+        assert [len(line) for line in await lines_of(path, 3)] == [LONGEST_LINE, 5, LONGEST_LINE]
         assert tracemalloc.get_traced_memory()[1] < 4 * 1024 * 1024
     finally:
         tracemalloc.stop()
