@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench import docker
 from bench.load import hammer, request_bytes
 from bench.world import MIMIC, World, free_port, until_answers, world
 
@@ -213,9 +214,49 @@ async def _provision(here: World, _: float) -> list[tuple[str, ...]]:
     ]
 
 
+# --- Docker ---------------------------------------------------------------------------------------------
+
+
+async def _docker(here: World, _: float) -> list[tuple[str, ...]]:
+    """The same through the Docker backend, beside the raw Docker API with the same image."""
+    try:
+        figures = await docker.measure(here)
+    except RuntimeError as error:
+        return [_row("Docker", "–", "–", str(error), "", None)]
+    cold_floor, cold = docker.median(figures.cold_floor), docker.median(figures.cold_ours)
+    wake_floor, wake = docker.median(figures.wake_floor), docker.median(figures.wake_ours)
+    return [
+        _row(
+            "Docker: cold provision",
+            _ms(cold_floor),
+            _ms(cold),
+            f"+ {_ms(cold - cold_floor)}",
+            "≤ create + start + the engine's boot + 20 ms",
+            cold - cold_floor <= 0.020,
+        ),
+        _row(
+            "Docker: wake from frozen, whole admit",
+            _ms(wake_floor),
+            _ms(wake),
+            f"+ {_ms(wake - wake_floor)}",
+            "≤ unpause + 4 ms",
+            wake - wake_floor <= 0.004,
+        ),
+        _row(
+            f"Docker: burst of {docker.BURST}, to healthy (floor: only started)",
+            f"{figures.burst_floor:.1f}/s",
+            f"{figures.burst_ours:.1f}/s",
+            f"{figures.burst_ours / figures.burst_floor:.2f} ×",
+            "≥ 0.9 × the raw start rate",
+            figures.burst_ours >= 0.9 * figures.burst_floor,
+        ),
+    ]
+
+
 MEASUREMENTS: dict[str, Callable[[World, float], Awaitable[list[tuple[str, ...]]]]] = {
     "admit": _admit,
     "provision": _provision,
+    "docker": _docker,
 }
 
 if __name__ == "__main__":

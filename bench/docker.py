@@ -1,0 +1,160 @@
+"""The Docker backend beside the raw Docker API, in one run and with the same image."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiodocker
+import httpx
+
+from bench.world import free_port
+
+if TYPE_CHECKING:
+    from bench.world import World
+
+__all__ = ["Figures", "measure"]
+
+IMAGE = os.environ.get("BENCH_IMAGE", "september-engine:dev")
+NETWORK = "orchestrator-bench"
+ROUNDS = 7
+BURST = 30
+
+
+class Figures:
+    """Seconds, but for the rates (starts a second)."""
+
+    def __init__(self) -> None:
+        self.cold_floor: list[float] = []
+        self.cold_ours: list[float] = []
+        self.wake_floor: list[float] = []
+        self.wake_ours: list[float] = []
+        self.burst_floor = 0.0
+        self.burst_ours = 0.0
+
+
+class _Raw:
+    """What the backend asks of the daemon for one engine, and nothing else."""
+
+    def __init__(self, docker: aiodocker.Docker, client: httpx.AsyncClient) -> None:
+        self.docker = docker
+        self.client = client
+        self.made: list[Any] = []
+
+    async def start(self) -> Any:
+        port = free_port()
+        container = await self.docker.containers.create(
+            {
+                "Image": IMAGE,
+                "Env": [
+                    "ENGINE_KEY_HASH=" + "0" * 64,
+                    "SQLITE_DB_PATH=/data/brain.sqlite",
+                    "HOST=0.0.0.0",
+                    "PORT=8000",
+                ],
+                "ExposedPorts": {"8000/tcp": {}},
+                "HostConfig": {
+                    "NetworkMode": NETWORK,
+                    "Init": True,
+                    "PortBindings": {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port)}]},
+                },
+            }
+        )
+        self.made.append(container)
+        await container.start()
+        return container, port
+
+    async def until_healthy(self, port: int) -> None:
+        while True:
+            try:
+                if (await self.client.get(f"http://127.0.0.1:{port}/health")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.005)
+
+    async def clear(self) -> None:
+        for container in self.made:
+            await container.delete(force=True, v=True)
+        self.made = []
+
+
+async def measure(here: World) -> Figures:
+    """Raises `RuntimeError` when no Docker Engine answers or the image is missing."""
+    figures = Figures()
+    try:
+        docker = aiodocker.Docker()
+        await docker.images.inspect(IMAGE)
+    except (aiodocker.DockerError, ValueError, OSError) as error:
+        raise RuntimeError(f"needs a Docker Engine with the image {IMAGE} (make images): {error}") from None
+    network = await docker.networks.create(
+        {"Name": NETWORK, "Options": {"com.docker.network.bridge.enable_icc": "false"}}
+    )
+    url = await here.serve(
+        ORCH_ENGINE_BACKEND="docker",
+        ORCH_ENGINE_IMAGE=IMAGE,
+        ORCH_ENGINE_NETWORK=f"{NETWORK}-ours",
+        ORCH_CATALOG_MOUNT_PATH="",
+    )
+    key = await here.register(url, "docker", {})
+    ours = httpx.AsyncClient(base_url=url, headers={"X-Platform-Key": key}, trust_env=False, timeout=120)
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client, ours:
+        raw = _Raw(docker, client)
+        try:
+            await _cold_and_wake(raw, ours, figures)
+            await _burst(raw, ours, figures)
+        finally:
+            await raw.clear()
+            for engine in (await ours.get("/engines?limit=1000")).json()["engines"]:
+                await ours.delete(f"/engines/{engine['user_id']}")
+            await network.delete()
+            await docker.close()
+    return figures
+
+
+async def _cold_and_wake(raw: _Raw, ours: httpx.AsyncClient, figures: Figures) -> None:
+    for number in range(ROUNDS):
+        began = time.perf_counter()
+        container, port = await raw.start()
+        await raw.until_healthy(port)
+        figures.cold_floor.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        (await ours.post("/engines/provision", json={"user_id": f"d-{number}"})).raise_for_status()
+        figures.cold_ours.append(time.perf_counter() - began)
+        for _ in range(3):
+            await container.pause()
+            began = time.perf_counter()
+            await container.unpause()
+            figures.wake_floor.append(time.perf_counter() - began)
+            (await ours.post(f"/engines/d-{number}/sleep")).raise_for_status()
+            began = time.perf_counter()
+            answer = await ours.post(f"/engines/d-{number}/admit", json={"auto_wake": True})
+            figures.wake_ours.append(time.perf_counter() - began)
+            assert answer.json()["admitted"], answer.text
+
+
+async def _burst(raw: _Raw, ours: httpx.AsyncClient, figures: Figures) -> None:
+    slots = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def one() -> None:
+        async with slots:
+            await raw.start()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(BURST)))
+    figures.burst_floor = BURST / (time.perf_counter() - began)
+    await raw.clear()
+    began = time.perf_counter()
+    answers = await asyncio.gather(
+        *(ours.post("/engines/provision", json={"user_id": f"b-{number}"}) for number in range(BURST))
+    )
+    figures.burst_ours = BURST / (time.perf_counter() - began)
+    for answer in answers:
+        answer.raise_for_status()
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
