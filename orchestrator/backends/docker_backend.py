@@ -46,7 +46,7 @@ from orchestrator.backends.docker_spec import ContainerSpec, memory_bytes
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError, ObjectMissing, PortTaken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from orchestrator.backends.docker_events import BackendEvent
     from orchestrator.settings import Settings
@@ -94,11 +94,14 @@ class DockerBackend(EngineBackend):
         return cls(settings, deployment_id, client, Networks(client, settings.engine_network, isolated=host_mode))
 
     async def open(self) -> None:
-        await self._client.ping()
-        own = await check_reach(self._client, self._networks, self._settings)
-        if own is not None:
-            self._networks.own_container = own
-        await self._networks.ensure()
+        try:
+            await self._client.ping()
+            own = await check_reach(self._client, self._networks, self._settings)
+            if own is not None:
+                await self._networks.join_all(own)
+        except BaseException:
+            await self._client.close()
+            raise
 
     async def close(self) -> None:
         await self._images.close()
@@ -293,7 +296,7 @@ class DockerBackend(EngineBackend):
         )
         await self._containers.update(found["Id"], wanted)
 
-    def events(self) -> AsyncIterator[BackendEvent]:
+    def events(self) -> AsyncGenerator[BackendEvent, None]:
         """What happens to this deployment's containers, for ever; see `docker_events`."""
         return watch(self._client, self._deployment_id)
 

@@ -36,7 +36,7 @@ class Networks:
         self._used: dict[str, int] = {}
         self._full: set[str] = set()
         # In address mode `network` this process itself must be on every network.
-        self.own_container: str | None = None
+        self._own_container: str | None = None
 
     def _nth(self, n: int) -> str:
         return self._name if n == 1 else f"{self._name}-{n}"
@@ -86,9 +86,17 @@ class Networks:
                 f"ORCH_ENGINE_NETWORK: the network '{name}' lets nobody reach an engine "
                 f"(option {_ICC}=false), as ORCH_ENGINE_URL_MODE=network needs; choose another name."
             )
-        if self.own_container is not None:
-            await self._join(name, self.own_container)
+        if self._own_container is not None:
+            await self._join(name, self._own_container)
         self._known.add(name)
+
+    async def join_all(self, own_container: str) -> None:
+        """Put the container of this process on every network of engines, and on each one that is made from now on."""
+        self._own_container = own_container
+        self._known.clear()
+        filters = {"label": [f"{NETWORK}={self._name}"]}
+        for network in await self._client.call(lambda docker: docker.networks.list(filters=filters)):
+            await self.ensure(str(network["Name"]))
 
     async def find(self, name: str) -> dict[str, Any] | None:
         """The network of exactly this name, with its containers."""

@@ -246,8 +246,8 @@ def processes_of(data_root: Path) -> list[int]:
 
 def docker_harness(folder: Path) -> Harness:
     # Skips (in CI: fails) where no Docker Engine answers.
-    from docker.daemon import require_docker
-    from docker.harness import DockerHarness
+    from tests.docker.daemon import require_docker
+    from tests.docker.harness import DockerHarness
 
     require_docker()
     return DockerHarness(folder)

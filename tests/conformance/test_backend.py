@@ -13,7 +13,7 @@ from orchestrator.backends.base import EngineBackend, EngineEndpoint, ObjectStat
 from orchestrator.errors import BackendError, NotSupported, ObjectMissing, PortTaken
 
 if TYPE_CHECKING:
-    from conformance.conftest import Harness
+    from tests.conformance.conftest import Harness
 
 KILLED = 137
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from docker.daemon import require_docker
-from docker.harness import DockerHarness
+from tests.docker.daemon import require_docker
+from tests.docker.harness import DockerHarness
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from orchestrator.backends.base import EngineBackend
+    from orchestrator.backends.docker_backend import DockerBackend
 
 
 @pytest.fixture
@@ -27,5 +27,5 @@ async def harness(tmp_path: Path) -> AsyncIterator[DockerHarness]:
 
 
 @pytest.fixture
-async def backend(harness: DockerHarness) -> EngineBackend:
+async def backend(harness: DockerHarness) -> DockerBackend:
     return await harness.backend()

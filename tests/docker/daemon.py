@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["BASE", "IMAGE", "OTHER_IMAGE", "build_images", "docker", "inspect", "require_docker"]
+__all__ = ["BASE", "IMAGE", "OTHER_IMAGE", "build_images", "docker", "inspect", "missing", "require_docker"]
 
 TESTS = Path(__file__).resolve().parents[1]
 BASE = os.environ.get("ENGINE_TEST_BASE", "engine-orchestrator-base:dev")
@@ -66,9 +66,12 @@ def unavailable() -> str | None:
 
 def require_docker() -> None:
     """Skip by name; in CI, where a skip would hide a broken set-up, fail."""
-    problem = unavailable()
-    if problem is None:
-        return
+    if problem := unavailable():
+        missing(problem)
+
+
+def missing(problem: str) -> None:
+    """Something of the set-up is not there."""
     message = f"{problem}; run tests/docker/setup.sh"
     if os.environ.get("CI") == "true":
         pytest.fail(message)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from conformance.conftest import MimicHarness, settings
-from docker.daemon import IMAGE, OTHER_IMAGE, build_images, docker
 from orchestrator.backends.docker_backend import DockerBackend
+from tests.conformance.conftest import MimicHarness, settings
+from tests.docker.daemon import IMAGE, OTHER_IMAGE, build_images, docker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,17 @@ class DockerHarness(MimicHarness):
     def make(self, deployment_id: UUID) -> DockerBackend:
         self._deployments.add(deployment_id)
         return DockerBackend.from_settings(self.settings, deployment_id)
+
+    async def backend(self, deployment_id: UUID | None = None) -> DockerBackend:
+        made = self.make(deployment_id or self.deployment_id)
+        await made.open()
+        self._backends.append(made)
+        return made
+
+    def adopt(self, backend: DockerBackend) -> None:
+        """A backend made by a test is closed, and what it made is removed, as well."""
+        self._backends.append(backend)
+        self._deployments.add(self.deployment_id)
 
     async def close(self) -> None:
         await self._client.aclose()
