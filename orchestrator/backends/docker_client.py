@@ -79,15 +79,18 @@ class DockerClient:
                     raise BackendUnavailable("Docker does not answer.") from None
 
     async def ping(self) -> None:
-        """Raises `BackendUnavailable` when the daemon does not answer at once."""
+        """Raises `BackendUnavailable` when the daemon does not answer at once, `BackendError` when it refuses."""
         with mapped():
-            await self._ping(await self._connected())
+            status, answer = await self._ping(await self._connected())
+            if status != 200:
+                # Something answers that is no Docker Engine, or one that wants TLS.
+                raise aiodocker.DockerError(status, answer)
 
-    async def _ping(self, docker: aiodocker.Docker) -> None:
+    async def _ping(self, docker: aiodocker.Docker) -> tuple[int, str]:
         async with docker.session.get(
             URL(f"{docker.docker_host}/_ping"), timeout=aiohttp.ClientTimeout(total=PING_S)
         ) as response:
-            await response.read()
+            return response.status, await response.text(errors="replace")
 
     async def json(self, method: str, path: str, body: Any = None) -> Any:
         """A verb that aiodocker does not offer."""

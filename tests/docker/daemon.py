@@ -31,14 +31,14 @@ CMD ["python3", "-I", "-S", "/mimic.py"]
 """
 
 
-def docker(*arguments: str, given: bytes | None = None, check: bool = True) -> str:
-    """The docker command; its output. Fails with what it said."""
+def docker(*arguments: str, given: bytes | None = None, check: bool = True, host: str | None = None) -> str:
+    """The docker command, on another daemon by `host`; its output. Fails with what it said."""
     done = subprocess.run(
         ["docker", *arguments],
         input=given,
         capture_output=True,
         timeout=100,
-        env={**os.environ, "DOCKER_BUILDKIT": "0"},
+        env={**os.environ, "DOCKER_BUILDKIT": "0", **({"DOCKER_HOST": host} if host else {})},
     )
     if check and done.returncode:
         raise AssertionError(f"docker {arguments[0]}: {done.stderr.decode()[-2000:]}")

@@ -25,6 +25,7 @@ __all__ = ["DockerHarness"]
 class DockerHarness(MimicHarness):
     """Networks of its own; everything that it made is gone after `close`, also what a failed test left."""
 
+    cli_host: str | None = None
     image = IMAGE
     other_image = OTHER_IMAGE
 
@@ -56,13 +57,16 @@ class DockerHarness(MimicHarness):
             await backend.close()
         for deployment in self._deployments:
             mark = f"label=engine-orchestrator.deployment={deployment}"
-            if left := docker("ps", "--all", "--quiet", "--filter", mark).split():
-                docker("rm", "--force", *left, check=False)
-            if left := docker("volume", "ls", "--quiet", "--filter", mark).split():
-                docker("volume", "rm", "--force", *left)
+            if left := self._docker("ps", "--all", "--quiet", "--filter", mark).split():
+                self._docker("rm", "--force", *left, check=False)
+            if left := self._docker("volume", "ls", "--quiet", "--filter", mark).split():
+                self._docker("volume", "rm", "--force", *left)
         mark = f"label=engine-orchestrator.network={self.network}"
-        if left := docker("network", "ls", "--quiet", "--filter", mark).split():
-            docker("network", "rm", *left)
+        if left := self._docker("network", "ls", "--quiet", "--filter", mark).split():
+            self._docker("network", "rm", *left)
+
+    def _docker(self, *arguments: str, check: bool = True) -> str:
+        return docker(*arguments, check=check, host=self.cli_host)
 
     async def _call(self, endpoint: EngineEndpoint, method: str, path: str, body: str = "") -> httpx.Response:
         # Docker accepts connections before the engine does: only an answer shows that it is up.

@@ -122,6 +122,9 @@ case ${1:-start} in
     deploy/base-image.sh "$base"
     command -v htpasswd >/dev/null || apt_install apache2-utils
     htpasswd -Bbn "$user" "$password" >"$state/htpasswd"
+    # RUNLEVEL: Debian's packages then start no service of their own.
+    [ -x /usr/sbin/sshd ] || [ "$(id -u)" != 0 ] || RUNLEVEL=1 apt_install openssh-server openssh-client
+    command -v openssl >/dev/null || apt_install openssl
     start_registry registry "$open_port" ''
     start_registry locked-registry "$locked_port" "auth: {htpasswd: {realm: tests, path: $state/htpasswd}}"
     say "ready, Docker Engine $(daemon_answers)"
