@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import docker
-from bench.load import hammer, request_bytes
+from bench.load import hammer, once, request_bytes
 from bench.world import MIMIC, World, free_port, until_answers, world
 
 if TYPE_CHECKING:
@@ -193,14 +193,13 @@ async def _provision(here: World, _: float) -> list[tuple[str, ...]]:
             answer.raise_for_status()
         for number in range(9):
             (await client.post(f"/engines/cold-{number}/sleep")).raise_for_status()
-            began = time.perf_counter()
-            answer = await client.post(f"/engines/cold-{number}/admit", json={"auto_wake": True})
-            wakes.append(time.perf_counter() - began)
-            assert answer.json()["admitted"], answer.text
+            wake = request_bytes("POST", f"{url}/engines/cold-{number}/admit", headers, b'{"auto_wake":true}')
+            wakes.append(await once(wake, url))
         for number in range(9):
             (await client.delete(f"/engines/cold-{number}")).raise_for_status()
     floor, mine = statistics.median(floors), statistics.median(ours)
-    wake = statistics.median(wakes)
+    woken = statistics.median(wakes)
+    commit = await _commit_floor(here)
     return [
         _row(
             "cold provision, reference engine",
@@ -210,7 +209,14 @@ async def _provision(here: World, _: float) -> list[tuple[str, ...]]:
             "≤ the engine's own boot + 20 ms",
             mine - floor <= 0.020,
         ),
-        _row("wake from frozen, whole admit", "0.02 ms", _ms(wake), f"+ {_ms(wake)}", "≤ 3 ms", wake <= 0.003),
+        _row(
+            "wake from frozen, whole admit (floor: two commits)",
+            _ms(2 * commit),
+            _ms(woken),
+            f"+ {_ms(woken - 2 * commit)}",
+            "≤ 3 ms",
+            woken <= 0.003,
+        ),
     ]
 
 
@@ -251,6 +257,18 @@ async def _docker(here: World, _: float) -> list[tuple[str, ...]]:
             figures.burst_ours >= 0.9 * figures.burst_floor,
         ),
     ]
+
+
+async def _commit_floor(here: World) -> float:
+    """What the database alone takes for one small commit: a wake needs two, the claim and the end."""
+    connection = await asyncpg.connect(here.database_url)
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        await connection.execute("UPDATE deployment SET created_at = now()")
+        times.append(time.perf_counter() - began)
+    await connection.close()
+    return statistics.median(times)
 
 
 MEASUREMENTS: dict[str, Callable[[World, float], Awaitable[list[tuple[str, ...]]]]] = {
