@@ -183,12 +183,12 @@ async def _record(means: Means, lease: Lease, host: str, port: int, container_id
 
 
 async def _until_healthy(means: Means, lease: Lease, patience_s: float, *, watch_exit: bool) -> None:
-    """Probe tightly: a coarse wait would be most of a cold start."""
+    """Probe tightly: a coarse wait would be most of a cold start. At most a twentieth of the boot is lost to it."""
     engine = lease.engine
     url = engine.url
     assert url is not None
     deadline = time.monotonic() + patience_s
-    delay_s = FIRST_PROBE_DELAY_S
+    began = time.monotonic()
     next_look = time.monotonic() + LOOK_EVERY_S
     while True:
         left_s = deadline - time.monotonic()
@@ -201,8 +201,9 @@ async def _until_healthy(means: Means, lease: Lease, patience_s: float, *, watch
             next_look = time.monotonic() + LOOK_EVERY_S
         if health.ok:
             return
-        await asyncio.sleep(min(delay_s, max(0.0, deadline - time.monotonic())))
-        delay_s = min(delay_s * 1.5, LONGEST_PROBE_DELAY_S)
+        now = time.monotonic()
+        delay_s = min(max(FIRST_PROBE_DELAY_S, (now - began) / 20), LONGEST_PROBE_DELAY_S)
+        await asyncio.sleep(min(delay_s, max(0.0, deadline - now)))
 
 
 async def _require_alive(means: Means, lease: Lease) -> None:
