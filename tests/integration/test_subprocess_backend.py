@@ -372,12 +372,27 @@ async def test_another_group_of_the_same_number_is_left_alone(world: World) -> N
 async def test_children_of_an_engine_are_stopped_and_frozen_with_it(world: World) -> None:
     engine_id, port = await world.make(children=2)
     me = await ask(port, "/me")
-    await world.backend.freeze(engine_id)
-    for pid in me["children"]:
-        assert status_of(pid)[0] == "T"
-    await world.backend.thaw(engine_id)
+    for _ in range(20):  # a stop reaches them one after the other
+        await world.backend.freeze(engine_id)
+        assert {status_of(pid)[0] for pid in (me["pid"], *me["children"])} == {"T"}
+        await world.backend.thaw(engine_id)
     await world.backend.stop(engine_id)
     assert engines_below(world.root) == []
+
+
+@needs_proc
+async def test_an_engine_does_not_stand_still_while_a_child_of_it_runs(world: World) -> None:
+    engine_id, port = await world.make(children=2)
+    me = await ask(port, "/me")
+    identity = world.files(engine_id).read_record()
+    assert identity is not None
+    for pid in (me["pid"], *me["children"]):
+        assert not processes.stands_still(identity)
+        os.kill(pid, signal.SIGSTOP)
+        while status_of(pid)[0] != "T":  # noqa: ASYNC110 (a stop is announced to its parent only)
+            await asyncio.sleep(0)
+    assert processes.stands_still(identity)
+    await world.backend.stop(engine_id)
 
 
 @needs_proc
