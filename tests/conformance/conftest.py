@@ -73,9 +73,9 @@ class Harness(abc.ABC):
         return await backend.list()
 
     def free_port(self) -> int:
-        """A port below those that the system hands out by itself, so that nobody else gets it meanwhile."""
+        """A port that neither the system nor the other tests hand out by themselves."""
         while True:
-            port = random.randrange(10_000, 32_000)
+            port = random.randrange(10_000, 19_990)
             with contextlib.suppress(OSError), self.bound(port):
                 return port
 
