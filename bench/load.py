@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from urllib.parse import urlsplit
 
@@ -14,6 +15,9 @@ def request_bytes(method: str, url: str, headers: dict[str, str], body: bytes = 
     lines = [f"{method} {parts.path} HTTP/1.1", f"Host: {parts.netloc}", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
 class _Connection(asyncio.Protocol):
@@ -38,7 +42,12 @@ class _Connection(asyncio.Protocol):
         head, separator, rest = self.buffer.partition(b"\r\n\r\n")
         if not separator:
             return
-        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        found = _LENGTH.search(head)
+        if found is None:
+            self.done.set_exception(RuntimeError(f"an answer without a length: {head[:300]!r}"))
+            self.transport.close()
+            return
+        length = int(found[1])
         if len(rest) < length:
             return
         now = time.perf_counter()

@@ -361,7 +361,7 @@ async def test_another_group_of_the_same_number_is_left_alone(world: World) -> N
                 record = f"pid {leader.pid}\nstart {start}\nboot {processes.boot_id()}\nend\n"
                 files.record.write_text(record)
                 await call(engine_id)
-                assert status_of(innocent)[0] == "S"
+                assert status_of(innocent)[0] in "RSD"  # neither stopped nor gone
                 if call == world.backend.start:
                     await world.backend.stop(engine_id)
         finally:
