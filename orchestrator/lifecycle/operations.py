@@ -20,6 +20,7 @@ from orchestrator.errors import (
     EngineBusy,
     InternalError,
     OrchestratorError,
+    PortExhaustion,
     error_record,
 )
 from orchestrator.events import happens_within
@@ -147,6 +148,14 @@ class Operations:
             delay_s = min(RETRY_S, self._means.settings.lease_s)
             await self._means.registry.engines.requeue(engine, error_record(error), delay_s)
             return
+        metadata = {"operation": engine.operation, "code": error.code, "message": error.message}
+        if isinstance(error, PortExhaustion) and row.operation is Operation.PROVISION and not engine.ever_healthy:
+            # As when no port is found to begin with: no row is left, nor what `create` may have made.
+            await self._attempt(lease, "destroy", lambda backend: backend.destroy(engine.id))
+            remove = self._means.registry.engines.remove
+            if not await self._means.persist(lambda: remove(engine, "provision_failed", "failed", metadata)):
+                lease.update(None)
+            return
         former = State(engine.former_status or State.FAILED)
         # A backend that is away says nothing about the engine.
         back = row.failure is None or (unavailable and engine.ever_healthy)
@@ -165,7 +174,6 @@ class Operations:
             code=error.code,
             error=error.message,
         )
-        metadata = {"operation": engine.operation, "code": error.code, "message": error.message}
         await self._finish(
             lease,
             Finish(
@@ -354,6 +362,6 @@ class Operations:
     async def _destroy(self, lease: Lease) -> Engine:
         means, engine = self._means, lease.engine
         await means.act(lease, lambda backend: backend.destroy(engine.id))
-        if not await means.persist(lambda: means.registry.engines.remove(engine)):
+        if not await means.persist(lambda: means.registry.engines.remove(engine, "destroy", "destroyed")):
             lease.update(None)
         return engine

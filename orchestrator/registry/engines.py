@@ -306,12 +306,12 @@ class EngineRegistry:
         row = await self._database.fetchrow(sql("requeue"), engine.id, engine.lease_generation, error, delay_s)
         return row is not None
 
-    async def remove(self, engine: Engine) -> bool:
-        """The end of a destroy: the row gives way to a tombstone."""
-        return (
-            await self._database.fetchrow(sql("remove_engine"), engine.id, engine.lease_generation, timeout_s=5)
-            is not None
+    async def remove(self, engine: Engine, action: str, status: str, metadata: dict[str, Any] | None = None) -> bool:
+        """The end of an operation after which there is no engine: the row gives way to a tombstone."""
+        row = await self._database.fetchrow(
+            sql("remove_engine"), engine.id, engine.lease_generation, action, status, metadata or {}, timeout_s=5
         )
+        return row is not None
 
     async def restart_wait_s(self, engine_id: UUID, base_s: float) -> float:
         """Seconds until an admit may restart a failed engine; 0 when it may now."""

@@ -230,14 +230,15 @@ WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING id, pg_notify('orchestrator_engine', id::text)
 
 -- name: remove_engine
+-- The row gives way to a tombstone.
 WITH gone AS (
-    DELETE FROM engines WHERE id = $1 AND lease_generation = $2 AND operation = 'destroy' RETURNING *
+    DELETE FROM engines WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL RETURNING *
 ), tombstone AS (
     INSERT INTO tombstones (engine_id, product_id, user_id, location_id, incarnation)
     SELECT id, product_id, user_id, location_id, incarnation FROM gone
 ), logged AS (
     INSERT INTO audit_log (timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms)
-    SELECT operation_started_at, product_id, user_id, id, 'destroy', operation_actor, 'destroyed', '{}',
+    SELECT operation_started_at, product_id, user_id, id, $3::text, operation_actor, $4::text, $5::jsonb,
            (extract(epoch FROM clock_timestamp() - operation_started_at) * 1000)::integer
     FROM gone
 )
