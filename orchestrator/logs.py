@@ -40,7 +40,10 @@ def configure_logging(level: str, log_format: str) -> None:
         renderer: Processor = structlog.processors.JSONRenderer(serializer=_dumps)
     else:
         shared.append(_without_keys)
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            exception_formatter=structlog.dev.plain_traceback,  # the rich one shows the values of variables
+        )
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(floor),

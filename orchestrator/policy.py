@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from orchestrator.errors import PolicyDenied, RateLimited
 from orchestrator.registry.rate import SLOT_LIMIT
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 __all__ = ["Policy", "RateLimiter", "allowed_image", "image_of"]
 
 Count = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
-Seconds = Annotated[float, Field(ge=0, le=10**9)]
+Seconds = Annotated[StrictFloat, Field(ge=0, le=10**9)]
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must not contain control characters")
+    return value
+
+
+Text = Annotated[StrictStr, Field(min_length=1, max_length=512), AfterValidator(_printable)]
+Memory = Annotated[StrictStr, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?[bkmgtBKMGT]?[bB]?$")]
 
 
 class Policy(BaseModel):
@@ -38,12 +48,12 @@ class Policy(BaseModel):
     )
     idle_sleep_threshold_s: Seconds | None = Field(None, description="idle before sleep; 0 = never")
     idle_stop_threshold_s: Seconds | None = Field(None, description="asleep before the object stops; 0 = never")
-    engine_image: StrictStr | None = Field(None, min_length=1, description="default image of this product")
-    engine_memory: StrictStr | None = Field(None, min_length=1, description="memory ceiling, as `512m`")
-    engine_cpus: Annotated[float, Field(gt=0)] | None = Field(None, description="CPU ceiling")
-    allowed_images: list[StrictStr] | None = Field(None, description="exact or with `*`")
+    engine_image: Text | None = Field(None, description="default image of this product")
+    engine_memory: Memory | None = Field(None, description="memory ceiling, as `512m`")
+    engine_cpus: Annotated[StrictFloat, Field(gt=0, le=10_000)] | None = Field(None, description="CPU ceiling")
+    allowed_images: list[Text] | None = Field(None, description="exact or with `*`")
     warm_pool: Count | None = Field(None, description="engines kept ready")
-    warm_pool_frozen: bool | None = Field(None, description="keep them frozen")
+    warm_pool_frozen: StrictBool | None = Field(None, description="keep them frozen")
     snapshot_interval_s: Seconds | None = Field(None, description="between two snapshots; 0 = never")
     snapshot_keep: Count | None = Field(None, description="snapshots kept of an engine")
     snapshot_max_age_s: Seconds | None = Field(None, description="older ones are removed")

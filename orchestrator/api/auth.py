@@ -31,7 +31,7 @@ def plane_of(request: Request) -> ControlPlane:
 
 def require_admin(request: Request) -> None:
     """Raises `InvalidAdminKey`. Compares with every configured key, in constant time each."""
-    given = request.headers.get("x-admin-key", "").encode()
+    given = request.headers.get("x-admin-key", "").encode("latin-1")  # the bytes as they came
     matches = [hmac.compare_digest(given, key.encode()) for key in plane_of(request).settings.admin_keys()]
     if not any(matches):
         raise InvalidAdminKey

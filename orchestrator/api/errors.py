@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from orchestrator.errors import (
     InvalidRequest,
@@ -130,11 +131,17 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
             response = error_response(MethodNotAllowed(f"{request.method} is not allowed here."))
-            response.headers.update(error.headers or {})
+            response.headers["Allow"] = ", ".join(sorted(_methods(request)))
             return response
         if error.status_code == 404:
             return error_response(NotFound(f"No such path: {request.url.path[:200]}"))
         return error_response(InvalidRequest("body", str(error.detail)))
+
+
+def _methods(request: Request) -> set[str]:
+    """What all routes of this path allow together."""
+    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in matching for method in route.methods or ()}
 
 
 def errors(*codes: str) -> dict[int | str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -36,8 +37,11 @@ async def body_of(request: Request, model: type[M], *, optional: bool = False) -
 
 
 def path_user_id(request: Request) -> str:
-    """The user id in the path. Raises `InvalidRequest`."""
-    user_id: str = request.path_params["user_id"]
+    """The user id in the path, decoded strictly. Raises `InvalidRequest`."""
+    try:
+        user_id = unquote_to_bytes(request.scope["raw_path"].split(b"/")[2]).decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("user_id", "must be valid UTF-8") from None
     if (problem := user_id_problem(user_id)) is not None:
         raise InvalidRequest("user_id", problem)
     return user_id

@@ -6,9 +6,10 @@ import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import structlog
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from orchestrator.api.errors import error_response, ours
 from orchestrator.errors import InternalError, OrchestratorError, PayloadTooLarge
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["MAX_BODY_BYTES", "RequestMiddleware"]
 
 MAX_BODY_BYTES = 1024 * 1024
+CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read an answer
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_ESCAPED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 
 log = structlog.get_logger("orchestrator.request")
 
@@ -46,12 +49,14 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id, length = None, None
+        request_id, length, chunked = None, None, False
         for name, value in scope["headers"]:
             if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 request_id = value.decode()
             elif name == b"content-length":
                 length = value
+            elif name == b"transfer-encoding":
+                chunked = True
         request_id = request_id or os.urandom(8).hex()
         scope["request_id"] = request_id
         structlog.contextvars.clear_contextvars()
@@ -59,7 +64,10 @@ class RequestMiddleware:
         header = (b"x-request-id", request_id.encode())
         status = 0
         size = 0
-        too_large = length is not None and (not length.isdigit() or int(length) > MAX_BODY_BYTES)
+        too_large = length is not None and not _within_limit(length)
+        if b"%" in scope["raw_path"]:
+            # An escaped slash belongs to its segment: it must not lead to another route.
+            scope["path"] = unquote(_ESCAPED_SLASH.sub(b"%252F", scope["raw_path"]).decode())
 
         async def receive_limited() -> Message:
             nonlocal size
@@ -81,12 +89,20 @@ class RequestMiddleware:
             if too_large:
                 refused: Any = error_response(PayloadTooLarge(MAX_BODY_BYTES))
                 await refused(scope, receive, send_noted)
-            elif scope["method"] == "POST" and (path := _ADMIT.fullmatch(scope["path"])) is not None:
+                return
+            if chunked:
+                # Its size is known at its end only, and is checked before anything else.
+                received = await _read_ahead(receive_limited)
+            else:
+                received = receive_limited
+            if scope["method"] == "POST" and (path := _ADMIT.fullmatch(scope["path"])) is not None:
                 scope["path_params"] = {"user_id": path[1]}
-                answer = await self._admit(Request(scope, receive_limited))
+                answer = await self._admit(Request(scope, received))
                 await answer(scope, receive, send_noted)
             else:
-                await self._app(scope, receive_limited, send_noted)
+                await self._app(scope, received, send_noted)
+        except ClientDisconnect:
+            status = CLIENT_CLOSED_REQUEST
         except OrchestratorError as error:
             if status:
                 raise  # the answer has begun; the connection must show that it is broken
@@ -105,3 +121,20 @@ class RequestMiddleware:
                 status=status,
                 duration_ms=round((time.perf_counter() - started) * 1000, 2),
             )
+
+
+def _within_limit(length: bytes) -> bool:
+    return length.isdigit() and len(length) < 10 and int(length) <= MAX_BODY_BYTES
+
+
+async def _read_ahead(receive: Receive) -> Receive:
+    """The whole body, to be received again."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+    waiting = iter(messages)
+
+    async def again() -> Message:
+        return next(waiting, None) or await receive()
+
+    return again

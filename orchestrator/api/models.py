@@ -27,8 +27,6 @@ def user_id_problem(user_id: str) -> str | None:
         return "must not contain '/'"
     if not user_id.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in user_id):
         return "must not contain control characters"
-    if "\ufffd" in user_id:
-        return "must be valid UTF-8 without U+FFFD"
     return None
 
 

@@ -53,10 +53,11 @@ def query_names() -> list[str]:
 
 _CONNECTION_ERRORS = (
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.OperatorInterventionError,  # it starts, ends, or was told to
+    asyncpg.InsufficientResourcesError,  # connections, disk, memory
+    asyncpg.InvalidAuthorizationSpecificationError,  # the password was changed meanwhile
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.ObjectNotInPrerequisiteStateError,  # the database accepts no connections
     asyncpg.ReadOnlySQLTransactionError,  # a standby, before its promotion
 )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
+
 from orchestrator.registry.database import Database, sql
 from orchestrator.registry.rows import Caller, Product
 
 if TYPE_CHECKING:
     from uuid import UUID
-
-    import asyncpg
 
 __all__ = ["ProductRegistry"]
 
@@ -55,8 +55,11 @@ class ProductRegistry:
         return None if row is None else caller_of(row)
 
     async def revision(self) -> str | None:
-        """The migration that the database is at."""
-        revision: str | None = await self._database.fetchval(sql("revision"))
+        """The migration that the database is at; None before the first one."""
+        try:
+            revision: str | None = await self._database.fetchval(sql("revision"))
+        except asyncpg.UndefinedTableError:
+            return None
         return revision
 
     async def record_key_use(self, key_ids: list[UUID]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,7 +15,7 @@ from orchestrator.api.models import AdmitAnswer, AdmitRequest, EngineAnswer, tim
 from orchestrator.api.openapi import USER_ID
 from orchestrator.api.routes.lifecycle import BOOTING, COMMON
 from orchestrator.discovery import Admission, Found
-from orchestrator.errors import EngineNotFound, InvalidRequest
+from orchestrator.errors import InvalidRequest
 from orchestrator.lifecycle import State
 
 router = APIRouter(tags=["discovery"])
@@ -97,13 +98,11 @@ async def wait(request: Request) -> Response:
         raise InvalidRequest("status", f"one of {', '.join(State)}, destroyed")
     timeout_s = _number(request.query_params.get("timeout_s", "30"))
     plane = plane_of(request)
-    engine = await plane.lifecycle.wait(caller.product_id, user_id, wanted, timeout_s)
-    try:
+    found = await plane.discovery.look_up(caller, user_id)
+    if await plane.lifecycle.wait(caller.product_id, user_id, wanted, timeout_s) is None:
+        found = replace(found, status="destroyed", url=None, api_key=None)
+    else:
         found = await plane.discovery.look_up(caller, user_id)
-    except EngineNotFound:
-        if engine is not None:
-            raise
-        return Response(dumps({"status": "destroyed", "user_id": user_id}), media_type="application/json")
     return Response(dumps(_engine(found)), media_type="application/json")
 
 
