@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import compile_path
 
 from orchestrator.errors import (
     InvalidRequest,
@@ -139,9 +139,10 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> set[str]:
-    """What all routes of this path allow together."""
-    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-    return {method for route in matching for method in route.methods or ()}
+    """What all routes of this path allow together, as the documentation tells it."""
+    documented = request.app.openapi()["paths"].items()
+    matching = (routes for path, routes in documented if compile_path(path)[0].match(request.scope["path"]))
+    return {method.upper() for routes in matching for method in routes}
 
 
 def errors(*codes: str) -> dict[int | str, dict[str, Any]]:

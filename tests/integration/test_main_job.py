@@ -52,3 +52,10 @@ async def test_life_of_an_engine(api: Api) -> None:
     )
     status, body = await api.get("/engines/ann")
     assert (status, body["error"]["code"]) == (404, "ENGINE_NOT_FOUND")
+
+
+async def test_a_wrong_method_is_told_what_is_allowed(api: Api) -> None:
+    status, body = await api.call("PUT", "/engines/provision")
+    assert (status, body["error"]["code"]) == (405, "METHOD_NOT_ALLOWED")
+    assert api.last is not None
+    assert {"POST"} <= set(api.last.headers["allow"].split(", "))
