@@ -1,4 +1,3 @@
-# ruff: noqa: ASYNC240 - small files, and nothing else runs on the loop
 from __future__ import annotations
 
 import asyncio
