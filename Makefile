@@ -20,7 +20,7 @@ run: setup
 	@$(BIN)/orchestrator dev $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 bench: setup
 	@$(BIN)/python -m bench $(ARGS)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +30,28 @@ from orchestrator.server import Server, server_config
 from orchestrator.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
 MIMIC = Path(__file__).resolve().parents[1] / "mimic.py"
 ADMIN_KEY = "admin-key-of-the-tests"
 MASTER_KEY = Fernet.generate_key().decode()
-PORTS_FROM = 20_000
+PORTS_FROM, PORTS_TO = 20_000, 32_500
 
 
+@cache
 def port_range() -> tuple[int, int]:
-    """Ports of this test process alone: parallel test processes must not meet."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    low = PORTS_FROM + worker * 1000
-    return low, low + 999
+    """Ports of this test process alone, held by listening on the one below: parallel test processes must not meet."""
+    for low in range(PORTS_FROM, PORTS_TO, 500):
+        claim = socket.socket()
+        try:
+            claim.bind(("127.0.0.1", low))
+            claim.listen()
+        except OSError:
+            claim.close()
+            continue
+        claim.detach()  # until the process ends
+        return low + 1, low + 499
+    raise AssertionError("too many test processes")
 
 
 @pytest.fixture
@@ -274,6 +284,6 @@ async def api(served: Served) -> Api:
 
 
 @pytest.fixture
-def admin(served: Served) -> Iterator[Api]:
+def admin(served: Served) -> Api:
     """The admin key without a product, on the in-process replica."""
-    yield served.deployment.admin(served.url)
+    return served.deployment.admin(served.url)

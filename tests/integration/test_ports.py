@@ -16,7 +16,7 @@ from tests.integration.steps import accepts, database, disagreements, error
 if TYPE_CHECKING:
     from tests.integration.conftest import Api, Served
 
-LOW = port_range()[0] + 900
+LOW = port_range()[0] + 400
 PORTS = 4
 
 
