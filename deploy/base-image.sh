@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Makes a small base image with Python from Debian's packages, where no image registry can be reached.
 #
-#   deploy/base-image.sh [NAME]     default: engine-orchestrator-base:dev; does nothing when it exists
+#   deploy/base-image.sh [NAME [PACKAGE …]]     default: engine-orchestrator-base:dev with python3
+#
+# Does nothing when the image exists.
 #
 # Uses the mirror that apt is set up with. Needs a Docker Engine, and root or user namespaces for mmdebstrap.
 set -euo pipefail
 
 name=${1:-engine-orchestrator-base:dev}
+packages=python3,ca-certificates$(printf ',%s' "${@:2}" | sed 's/^,$//')
 if docker image inspect "$name" >/dev/null 2>&1; then
   echo "base image $name: present"
   exit 0
@@ -33,7 +36,7 @@ fi
 
 echo "base image $name: making it from ${ID^} $VERSION_CODENAME packages …"
 # The archive's lists are left out of the image, and so is what only people read.
-mmdebstrap --quiet --variant=essential --include=python3,ca-certificates \
+mmdebstrap --quiet --variant=essential --include="$packages" \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
   --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
   --customize-hook='rm -f "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/*' \

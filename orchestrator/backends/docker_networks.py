@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from orchestrator.backends.docker_errors import Conflict
 from orchestrator.backends.docker_names import NETWORK
 from orchestrator.errors import BackendError, ConfigurationError
 
@@ -20,6 +20,9 @@ __all__ = ["Networks"]
 log = structlog.get_logger("orchestrator.docker")
 
 _ICC = "com.docker.network.bridge.enable_icc"
+_BRIDGE = "com.docker.network.bridge.name"
+# deploy/firewall.sh knows the bridges of engines by this, also those that are made after it ran.
+BRIDGE_PREFIX = "oeng-"
 # A Linux bridge has 1,024 ports; some are left to others.
 ENDPOINTS = 1000
 
@@ -112,13 +115,18 @@ class Networks:
             "Driver": "bridge",
             "CheckDuplicate": True,
             "Labels": {NETWORK: self._name},
-            "Options": {_ICC: "false" if self._isolated else "true"},
+            "Options": {
+                _ICC: "false" if self._isolated else "true",
+                _BRIDGE: BRIDGE_PREFIX + hashlib.sha256(name.encode()).hexdigest()[:8],
+            },
         }
         try:
             await self._client.call(lambda docker: docker.networks.create(config))
             log.info("network_created", network=name)
-        except Conflict:
-            pass  # another replica was first
+        except BackendError:
+            # Another replica may have been first; the name or the bridge is then taken.
+            if await self.find(name) is None:
+                raise
 
     async def _join(self, name: str, container: str) -> None:
         try:

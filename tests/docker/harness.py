@@ -49,7 +49,11 @@ class DockerHarness(MimicHarness):
     def adopt(self, backend: DockerBackend) -> None:
         """A backend made by a test is closed, and what it made is removed, as well."""
         self._backends.append(backend)
-        self._deployments.add(self.deployment_id)
+        self.will_clean(self.deployment_id)
+
+    def will_clean(self, deployment_id: UUID) -> None:
+        """What a deployment made elsewhere is removed as well."""
+        self._deployments.add(deployment_id)
 
     async def close(self) -> None:
         await self._client.aclose()

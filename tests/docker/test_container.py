@@ -347,7 +347,8 @@ async def test_a_network_is_added_when_one_has_enough(harness: DockerHarness) ->
 
 async def test_a_full_bridge_is_left_for_the_next_one(harness: DockerHarness, backend: DockerBackend) -> None:
     await make(harness, backend)
-    bridge = "br-" + docker("network", "inspect", "--format", "{{.Id}}", harness.network)[:12]
+    option = '{{index .Options "com.docker.network.bridge.name"}}'
+    bridge = docker("network", "inspect", "--format", option, harness.network)
     if not ip("link", "show", bridge):
         pytest.skip("the bridges of this Docker Engine are on another host")
     pairs = [(f"ot{harness.network[-4:]}{number}a", f"ot{harness.network[-4:]}{number}b") for number in range(540)]
