@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from typing import cast
 from urllib.parse import urlsplit
 
 __all__ = ["hammer", "once", "request_bytes"]
@@ -29,8 +30,7 @@ class _Connection(asyncio.Protocol):
         self.sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # not a subclass on every event loop
         self._send()
 
     def _send(self) -> None:
