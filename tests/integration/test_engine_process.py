@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
 import signal
 import socket
 import sqlite3
@@ -397,24 +398,29 @@ class TestKeys:
 
     def test_no_request_fails_during_rotations_with_overlap(self, engine: EngineProcess) -> None:
         stop = threading.Event()
-        answers: list[int] = []
+        answers: queue.Queue[int] = queue.Queue()
+        seen: set[int] = set()
 
         def hammer() -> None:
             with httpx.Client(base_url=engine.client.base_url, headers={"X-Engine-Key": KEY}) as client:
                 while not stop.is_set():
-                    answers.append(client.get("/skills").status_code)
+                    answers.put(client.get("/skills").status_code)
 
         thread = threading.Thread(target=hammer)
         thread.start()
         using = KEY
-        for generation in range(2, 12):
-            key = f"key {generation}"
-            assert engine.rotate(key, generation, 300, using=using).status_code == 204
-            assert engine.accepts(key)
-            using = key
-        stop.set()
-        thread.join()
-        assert set(answers) == {200}
+        try:
+            for generation in range(2, 12):
+                key = f"key {generation}"
+                assert engine.rotate(key, generation, 300, using=using).status_code == 204
+                assert engine.accepts(key)
+                using = key
+                for _ in range(answers.qsize() + 1):  # every answer so far, and one that is still to come
+                    seen.add(answers.get(timeout=GIVE_UP_S))
+        finally:
+            stop.set()
+            thread.join()
+        assert seen == {200}
         assert all(engine.accepts(f"key {generation}") for generation in range(2, 12))
 
     def test_survives_a_kill_and_wins_over_an_older_environment(
