@@ -129,7 +129,7 @@ class Discovery:
             raise PolicyDenied.scope("admit")
         limit_rpm = row["rate_limit_rpm"]
         if limit_rpm is not None or counted:
-            await self._count(row, key_hash, limit_rpm, counted)
+            await self._count(row, key_hash, user_id, limit_rpm, counted)
         self._activity.key_used(row["key_id"])
         if row["status"] == State.RUNNING:
             self._activity.admitted(row["id"])
@@ -144,35 +144,39 @@ class Discovery:
             raise ProductNotFound(str(caller.product_id))
         limit_rpm = product.policy.get("rate_limit_rpm")
         if limit_rpm is not None:
-            await self._count_one(caller.product_id, limit_rpm)
+            await self._count_one(caller.product_id, user_id, limit_rpm)
         row = await self._look_up(caller.product_id, user_id)
         if row is not None and row["status"] == State.RUNNING:
             self._activity.admitted(row["id"])
             return Admission(self._found(row, with_key=False))
         return await self._admit_slowly(caller, user_id, row, auto_provision, auto_wake)
 
-    async def _count(self, row: asyncpg.Record, key_hash: str, limit_rpm: int | None, counted: bool) -> None:
+    async def _count(
+        self, row: asyncpg.Record, key_hash: str, user_id: str, limit_rpm: int | None, counted: bool
+    ) -> None:
         product_id: UUID = row["product_id"]
         if limit_rpm is not None and limit_rpm <= SLOT_LIMIT:
             if not counted:
                 self._counted_keys.add(key_hash)  # the next call counts within its one statement
-                await self._count_one(product_id, limit_rpm)
+                await self._count_one(product_id, user_id, limit_rpm)
             elif not row["counted"]:
-                raise await self._refused(product_id)
+                raise await self._refused(product_id, user_id)
             return
         self._counted_keys.discard(key_hash)
         if limit_rpm is not None:
-            await self._count_one(product_id, limit_rpm)
+            await self._count_one(product_id, user_id, limit_rpm)
 
-    async def _count_one(self, product_id: UUID, limit_rpm: int) -> None:
+    async def _count_one(self, product_id: UUID, user_id: str, limit_rpm: int) -> None:
         if limit_rpm > SLOT_LIMIT:
-            await self._limiter.count(product_id, limit_rpm)
-        elif not await self._registry.rate.take_slot(product_id):
-            raise await self._refused(product_id)
+            counted = await self._limiter.count(product_id, limit_rpm)
+        else:
+            counted = await self._registry.rate.take_slot(product_id)
+        if not counted:
+            raise await self._refused(product_id, user_id)
 
-    async def _refused(self, product_id: UUID) -> RateLimited:
-        self._activity.denied(product_id, "", "RATE_LIMITED")
-        return await self._limiter.refuse(product_id)
+    async def _refused(self, product_id: UUID, user_id: str) -> RateLimited:
+        self._activity.denied(product_id, user_id, "RATE_LIMITED")
+        return RateLimited(await self._registry.rate.retry_after_s(product_id))
 
     async def _admit_slowly(
         self,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from orchestrator.errors import PolicyDenied, RateLimited
+from orchestrator.errors import PolicyDenied
 from orchestrator.registry.rate import SLOT_LIMIT
 
 if TYPE_CHECKING:
@@ -105,25 +105,22 @@ class RateLimiter:
         self._spent: dict[int, int] = {}
         self._locks: dict[UUID, asyncio.Lock] = {}
 
-    async def refuse(self, product_id: UUID) -> RateLimited:
-        """The refusal, with the seconds until the oldest counted call leaves."""
-        return RateLimited(await self._registry.retry_after_s(product_id))
-
-    async def count(self, product_id: UUID, limit_rpm: int) -> None:
-        """Count one call against a limit above `SLOT_LIMIT`. Raises `RateLimited`."""
+    async def count(self, product_id: UUID, limit_rpm: int) -> bool:
+        """Count one call against a limit above `SLOT_LIMIT`; False when the last 60 s are full."""
         assert limit_rpm > SLOT_LIMIT
         if self._use(product_id):
-            return
+            return True
         lock = self._locks.setdefault(product_id, asyncio.Lock())
         async with lock:
             if self._use(product_id):
-                return
+                return True
             asked = time.monotonic()
             block = await self._registry.take_block(product_id, limit_rpm)
             if block is None:
-                raise await self.refuse(product_id)
+                return False
             block_id, calls = block
             self._blocks[product_id] = _Block(block_id, calls - 1, 1, asked + 1)
+            return True
 
     def _use(self, product_id: UUID) -> bool:
         block = self._blocks.get(product_id)

@@ -33,9 +33,12 @@ class ProductRegistry:
         """True when the product exists; the new policy is in force for the next call."""
         async with self._database.transaction() as connection:
             await connection.execute(sql("rate_lock"), str(product_id))
-            if await connection.fetchval(sql("update_policy"), product_id, policy) is None:
+            former = await connection.fetchrow(sql("lock_product"), product_id)
+            if former is None:
                 return False
-            await _resize_rate(connection, product_id, policy)
+            await connection.execute(sql("update_policy"), product_id, policy)
+            if policy.get("rate_limit_rpm") != former["policy"].get("rate_limit_rpm"):
+                await _resize_rate(connection, product_id, policy)
             return True
 
     async def by_id(self, product_id: UUID) -> Product | None:
@@ -71,5 +74,7 @@ def caller_of(row: asyncpg.Record) -> Caller:
 
 
 async def _resize_rate(connection: Any, product_id: UUID, policy: dict[str, Any]) -> None:
-    # No limit keeps no slots; the blocks of the last minute run out by themselves.
-    await connection.execute(sql("rate_resize"), product_id, policy.get("rate_limit_rpm", 0))
+    limit_rpm = policy.get("rate_limit_rpm")
+    if limit_rpm is not None:  # without one the books stay: another limit may follow within the minute
+        await connection.execute(sql("rate_lock_slots"), product_id)
+        await connection.execute(sql("rate_resize"), product_id, limit_rpm)

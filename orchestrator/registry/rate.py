@@ -39,4 +39,6 @@ class RateRegistry:
         return min(max(1, seconds), 61)
 
     async def repair(self) -> None:
+        """After a clock that was set back; and blocks that count no more are forgotten."""
         await self._database.execute(sql("rate_repair"))
+        await self._database.execute(sql("rate_forget"))

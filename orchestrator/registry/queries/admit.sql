@@ -11,7 +11,8 @@ LEFT JOIN engine_keys ek ON ek.engine_id = e.id AND ek.generation = e.key_genera
 WHERE k.key_hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now())
 
 -- name: admit_by_key_counted
--- The same for a limit of up to 600 a minute: takes one slot of the product, if the key may admit at all.
+-- The same for a limit of up to 600 a minute: takes one slot of the product, if it has such a limit (still) and the
+-- key may admit at all.
 WITH caller AS MATERIALIZED (
     SELECT k.id AS key_id, k.scopes, p.id AS product_id, p.slug, p.rate_limit_rpm
     FROM platform_keys k
@@ -21,7 +22,9 @@ WITH caller AS MATERIALIZED (
     UPDATE rate_slots SET free_at = clock_timestamp() + interval '60 s'
     WHERE (product_id, slot) = (
         SELECT r.product_id, r.slot FROM rate_slots r
-        WHERE r.product_id = (SELECT product_id FROM caller WHERE scopes && ARRAY['admit', 'manage'])
+        WHERE r.product_id = (
+            SELECT product_id FROM caller WHERE rate_limit_rpm <= 600 AND scopes && ARRAY['admit', 'manage']
+        )
           AND r.free_at <= statement_timestamp()
         ORDER BY r.free_at
         LIMIT 1
