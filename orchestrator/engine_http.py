@@ -89,6 +89,17 @@ class EngineHttp:
         reported = subsystems.get("activity") if isinstance(subsystems, dict) else None
         return Health(True, activity=_activity(reported), reports_activity=reported is not None)
 
+    async def accepts_key(self, url: str, key: str, timeout_s: float) -> bool:
+        """False when whoever answers at `url` refuses the key, so that it is not the engine that has it."""
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self.session.get(f"{url}/", headers={"X-Engine-Key": key}, allow_redirects=False) as response,
+            ):
+                return response.status != 401
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return True  # no refusal; the next probe tells more
+
     async def push_key(
         self, url: str, key: str, *, key_hash: str, generation: int, overlap_s: float, timeout_s: float
     ) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Booted", "boot", "push_pending_keys"]
 
 PORT_TRIES = 5
+STRANGER_STOP_GRACE_S = 2  # an engine that lost its port has done nothing yet
 FIRST_PROBE_DELAY_S = 0.005
 LONGEST_PROBE_DELAY_S = 0.1
 LOOK_EVERY_S = 0.25  # whether the object still lives, while it is not healthy yet
@@ -64,30 +65,50 @@ async def boot(
     if cold and lease.engine.ever_healthy and not await means.act(lease, lambda b: b.has_data(lease.engine.id)):
         raise EngineFailed(lease.engine.user_id, "data_missing", "its data is missing; restore a snapshot.")
 
+    patience = min(settings.boot_timeout_s, patience_s or settings.boot_timeout_s)
     started = time.monotonic()
     if cold:
-        async with means.start_slots:
-            slot_taken.set()
-            started = time.monotonic()
-            await _start_cold(means, lease, exited=current)
+        started = await _boot_cold(means, lease, newest, patience, slot_taken=slot_taken, exited=current)
         applied = newest.generation
     else:
         slot_taken.set()
         if found is not None and found.state is ObjectState.FROZEN:
             await means.act(lease, lambda backend: backend.thaw(lease.engine.id))
         applied = await _adopt(means, lease, found, keys)
-
-    patience = min(settings.boot_timeout_s, patience_s or settings.boot_timeout_s)
-    await _until_healthy(means, lease, patience, watch_exit=cold)
+        await _until_healthy(means, lease, patience)
     boot_ms = round((time.monotonic() - started) * 1000)
     if applied < newest.generation and await push_pending_keys(means, lease.engine, applied) != KeyPush.TAKEN:
         # It cannot take the key while it runs: the environment of a new object carries it.
         await means.act(lease, lambda backend: backend.stop(lease.engine.id, STOP_GRACE_S))
-        async with means.start_slots:
-            await _start_cold(means, lease, exited=False)
-        await _until_healthy(means, lease, patience, watch_exit=True)
+        await _boot_cold(means, lease, newest, patience, slot_taken=slot_taken, exited=False)
         cold = True
     return Booted(cold, boot_ms, newest.generation)
+
+
+async def _boot_cold(
+    means: Means, lease: Lease, key: EngineKey, patience_s: float, *, slot_taken: asyncio.Event, exited: bool
+) -> float:
+    """Start a process and wait until it is healthy; when (monotonic) the last start began.
+
+    A stranger may take the port between our look at it and the engine's own bind: then on another port again.
+    """
+    taken: set[int] = set()
+    while True:
+        async with means.start_slots:
+            slot_taken.set()
+            started = time.monotonic()
+            await _start_cold(means, lease, exited=exited)
+        try:
+            await _until_healthy(means, lease, patience_s, started_with=key)
+        except PortTaken as stranger:
+            taken.add(stranger.port)
+            if len(taken) >= PORT_TRIES:
+                raise
+            await means.act(lease, lambda backend: backend.stop(lease.engine.id, STRANGER_STOP_GRACE_S))
+            await _move_port(means, lease, taken)
+            exited = False
+        else:
+            return started
 
 
 async def _adopt(means: Means, lease: Lease, found: BackendObject | None, keys: list[EngineKey]) -> int:
@@ -182,8 +203,14 @@ async def _record(means: Means, lease: Lease, host: str, port: int, container_id
     )
 
 
-async def _until_healthy(means: Means, lease: Lease, patience_s: float, *, watch_exit: bool) -> None:
-    """Probe tightly: a coarse wait would be most of a cold start. At most a twentieth of the boot is lost to it."""
+async def _until_healthy(
+    means: Means, lease: Lease, patience_s: float, *, started_with: EngineKey | None = None
+) -> None:
+    """Probe tightly: a coarse wait would be most of a cold start. At most a twentieth of the boot is lost to it.
+
+    `started_with`: a process was started just now, with this key; then whoever answers must be that process. Raises
+    `PortTaken` when it is a stranger.
+    """
     engine = lease.engine
     url = engine.url
     assert url is not None
@@ -195,10 +222,13 @@ async def _until_healthy(means: Means, lease: Lease, patience_s: float, *, watch
         if left_s <= 0:
             raise BootTimeout(engine.user_id, means.settings.boot_timeout_s)
         health = await means.http.health(url, min(left_s, means.settings.health_check_timeout_s))
-        if (health.ok and watch_exit) or time.monotonic() >= next_look:
-            # A stranger on the port may answer while our own process is gone.
+        if (health.ok and started_with is not None) or time.monotonic() >= next_look:
             await _require_alive(means, lease)
             next_look = time.monotonic() + LOOK_EVERY_S
+        if health.ok and started_with is not None and engine.port is not None:
+            secret = means.keyring.decrypt(started_with.key_enc, started_with.master_key_id)
+            if not await means.http.accepts_key(url, secret, means.settings.health_check_timeout_s):
+                raise PortTaken(engine.port)
         if health.ok:
             return
         now = time.monotonic()
@@ -213,6 +243,8 @@ async def _require_alive(means: Means, lease: Lease) -> None:
     if restarts >= means.settings.health_max_failures:
         raise EngineFailed(engine.user_id, "exited", f"it exited {restarts} times while booting; see its log.")
     if found is not None and found.state is ObjectState.EXITED and not means.backend.capabilities.restarts:
+        if engine.port is not None and not await means.backend.is_port_free(engine.port):
+            raise PortTaken(engine.port)
         code = "" if found.exit_code is None else f" with code {found.exit_code}"
         raise EngineFailed(engine.user_id, "exited", f"it exited{code} before it was healthy; see its log.")
     if found is None:

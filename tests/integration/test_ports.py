@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.integration.conftest import port_range
-from tests.integration.steps import accepts, database, disagreements, error
+from tests.integration.steps import accepts, appears, data_of, database, disagreements, error, until
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Api, Served
@@ -22,7 +22,8 @@ PORTS = 4
 
 @pytest.fixture
 def variables(variables: dict[str, str]) -> dict[str, str]:
-    return variables | {"ORCH_PORT_MIN": str(LOW), "ORCH_PORT_MAX": str(LOW + PORTS - 1)}
+    passed = {"ORCH_ENGINE_ENV_PASSTHROUGH": "MIMIC_BOOT_DELAY"}
+    return variables | passed | {"ORCH_PORT_MIN": str(LOW), "ORCH_PORT_MAX": str(LOW + PORTS - 1)}
 
 
 def holding(port: int) -> socket.socket:
@@ -95,4 +96,30 @@ async def test_a_port_taken_between_choice_and_use(api: Api, served: Served, mon
             stack.enter_context(closing(holding(port)))
         assert error(await api.post("/engines/provision", {"user_id": "bob"})) == (503, "PORT_EXHAUSTION")
     assert (await api.get("/engines/bob"))[0] == 404  # leaves no row
+    assert await disagreements(served.deployment) == []
+
+
+async def test_a_port_lost_while_the_engine_starts(api: Api, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Another deployment's engine: healthy, but with another key."""
+        path = (await reader.readline()).split()[1]
+        body = b'{"status": "ok"}'
+        line = b"200 OK" if path == b"/health" else b"401 Unauthorized"
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (line, len(body), body))
+        await writer.drain()
+        writer.close()
+
+    with monkeypatch.context() as patch:
+        patch.setenv("MIMIC_BOOT_DELAY", "1")
+        provisioning = asyncio.create_task(api.provision("ann"))
+        engine_id = await appears(api, "ann")
+
+        async def spawned() -> bool:
+            return data_of(served.deployment, engine_id).with_suffix(".process").exists()
+
+        await until(spawned)
+    async with await asyncio.start_server(stranger, "127.0.0.1", LOW):
+        engine = await provisioning
+    assert port_of(engine) != LOW
+    assert await accepts(engine, engine["api_key"])
     assert await disagreements(served.deployment) == []
