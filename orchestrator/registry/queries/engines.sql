@@ -200,7 +200,8 @@ WITH done AS (
     -- Older than the engine's own. A newer one stays, whatever failed: the engine may have heard of it.
     DELETE FROM engine_keys k USING done WHERE k.engine_id = done.id AND k.generation < done.applied_generation
 ), freed AS (
-    DELETE FROM idempotency_keys i USING done WHERE i.engine_id = done.id AND $10::text = 'provision_failed'
+    -- Only a success is kept, and there was none yet.
+    DELETE FROM idempotency_keys i USING done WHERE i.engine_id = done.id AND done.first_healthy_at IS NULL
 )
 SELECT done.*, pg_notify('orchestrator_engine', id::text) FROM done
 
