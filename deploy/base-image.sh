@@ -3,14 +3,16 @@
 #
 #   deploy/base-image.sh [NAME [PACKAGE …]]     default: engine-orchestrator-base:dev with python3
 #
-# Does nothing when the image exists.
+# Does nothing when the image exists and was made by this very script.
 #
 # Uses the mirror that apt is set up with. Needs a Docker Engine, and root or user namespaces for mmdebstrap.
 set -euo pipefail
 
 name=${1:-engine-orchestrator-base:dev}
-packages=python3,ca-certificates$(printf ',%s' "${@:2}" | sed 's/^,$//')
-if docker image inspect "$name" >/dev/null 2>&1; then
+# libstdc++6: compiled packages of Python's need it.
+packages=python3,ca-certificates,libstdc++6$(printf ',%s' "${@:2}" | sed 's/^,$//')
+recipe=$({ cat "$0"; echo "$packages"; } | sha256sum | cut -c1-16)
+if [ "$(docker image inspect --format '{{.Config.Labels.recipe}}' "$name" 2>/dev/null)" = "$recipe" ]; then
   echo "base image $name: present"
   exit 0
 fi
@@ -44,6 +46,6 @@ mmdebstrap --quiet --variant=essential --include="$packages" \
   "$VERSION_CODENAME" - - <<<"$sources" |
   docker import \
     --change 'ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin' \
-    --change 'CMD ["python3"]' \
+    --change 'CMD ["python3"]' --change "LABEL recipe=$recipe" \
     --message "made by deploy/base-image.sh" - "$name" >/dev/null
 echo "base image $name: $(docker image inspect --format '{{.Size}}' "$name" | numfmt --to=si)B"

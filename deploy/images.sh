@@ -20,7 +20,7 @@ if [ -z "$base" ]; then
     ! { docker image inspect "$base" >/dev/null 2>&1 || timeout 300 docker pull --quiet "$base" >/dev/null 2>&1; }; then
     base=engine-orchestrator-base:dev
     builder=engine-orchestrator-builder:dev
-    deploy/base-image.sh "$base"
+    deploy/base-image.sh "$base" # a present one is kept when it is up to date
     deploy/base-image.sh "$builder" python3-venv python3-pip
   fi
 fi

@@ -124,6 +124,9 @@ def test_they_are_small_and_not_root() -> None:
         # Nothing of the build host's stays.
         docker("run", "--rm", image, "test", "!", "-e", "/src")
     assert docker("run", "--rm", "--network", "none", ORCHESTRATOR, "orchestrator", "--version")
+    # What is imported late, with the libraries that compiled packages need.
+    late = "import greenlet, httptools, uvloop, orchestrator.server, orchestrator.registry.migrations"
+    docker("run", "--rm", "--network", "none", ORCHESTRATOR, "python", "-c", late)
 
 
 async def test_the_engine_serves_from_a_read_only_root(place: DockerHarness) -> None:
