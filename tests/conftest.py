@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,6 +20,9 @@ from orchestrator.registry.migrations import migrate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+# A run under nohup, or in CI, may have been told to ignore a hang-up, and what tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TEMPLATE = "orchestrator_template"
 
