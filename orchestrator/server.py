@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from orchestrator.api import create_app
+from orchestrator.api import HttpProtocol, create_app
 from orchestrator.control_plane import ControlPlane
 from orchestrator.errors import ConfigurationError
 from orchestrator.logs import configure_logging
@@ -83,6 +83,7 @@ def server_config(app: Any, settings: Settings, *, factory: bool = False) -> uvi
     return uvicorn.Config(
         app,
         factory=factory,
+        http=HttpProtocol,
         workers=settings.workers,
         lifespan="on" if factory else "off",
         access_log=False,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
+
+from orchestrator.keys import new_platform_key, sha256_hex
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -101,3 +105,41 @@ async def fingerprint(url: str) -> dict[str, Any]:
                 "rate_slots": "product_id, slot, free_at",
             }.items()
         }
+
+
+async def put_key(served: Served, product_id: str, *scopes: str, expires_in_s: float | None = None) -> str:
+    """A platform key with these scopes, as the calls on keys would issue it."""
+    key = new_platform_key()
+    expires_at = None if expires_in_s is None else datetime.now(UTC) + timedelta(seconds=expires_in_s)
+    async with database(served.deployment.variables["ORCH_DATABASE_URL"]) as connection:
+        await connection.execute(
+            "INSERT INTO platform_keys (product_id, key_hash, scopes, expires_at) VALUES ($1, $2, $3, $4)",
+            UUID(product_id),
+            sha256_hex(key),
+            list(scopes),
+            expires_at,
+        )
+    return key
+
+
+async def exchange(url: str, request: bytes) -> tuple[int, dict[str, str], Any]:
+    """Send bytes as they are, which no HTTP client would; status, headers and JSON of the answer."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        writer.write(request)
+        await writer.drain()
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        return int(head[0].split()[1]), headers, json.loads(body) if body else None
+    finally:
+        writer.close()
+
+
+def request_bytes(method: str, target: str, headers: dict[str, str], body: bytes = b"") -> bytes:
+    """A request as bytes; the target is sent as it is."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: test", *(f"{name}: {value}" for name, value in headers.items())]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
