@@ -129,14 +129,14 @@ class ControlPlane:
     async def close(self) -> None:
         """Loops end, operations finish or are handed over, what is in memory is written. No engine is stopped."""
         await self.loops.stop()
-        if hasattr(self, "lifecycle"):
+        if hasattr(self, "lifecycle"):  # else it was never wholly open, and there is nothing to hand over or write
             await self.lifecycle.drain(DRAIN_S)
-        try:
-            await self.activity.flush()
-            await self.limiter.close()
-            await audit.sequence(self.registry.audit)
-        except DatabaseUnavailable as error:
-            log.warning("last_flush_failed", error=error.message)
+            try:
+                await self.activity.flush()
+                await self.limiter.close()
+                await audit.sequence(self.registry.audit)
+            except DatabaseUnavailable as error:
+                log.warning("last_flush_failed", error=error.message)
         await self.keeper.close()
         await self.notifications.close()
         await self.http.close()
