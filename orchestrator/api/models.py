@@ -107,7 +107,7 @@ class ProvisionAnswer(BaseModel):
     user_id: str
     status: str = Field(examples=["running"])
     url: str | None = Field(examples=["http://127.0.0.1:9001"])
-    api_key: str | None = Field(description="null for the admin key", examples=["sk-sept-…"])
+    api_key: str | None = Field(None, description="absent for the admin key", examples=["sk-sept-…"])
 
 
 class EngineAnswer(BaseModel):
@@ -115,7 +115,9 @@ class EngineAnswer(BaseModel):
     user_id: str
     status: str = Field(examples=["running"])
     url: str | None = Field(description="may be set when the engine is not running", examples=["http://127.0.0.1:9001"])
-    api_key: str | None = Field(description="null for the scope `read` and for the admin key", examples=["sk-sept-…"])
+    api_key: str | None = Field(
+        None, description="null for the scope `read`, absent for the admin key", examples=["sk-sept-…"]
+    )
     engine_version: str = Field(examples=["september-engine:2.3.0"])
     created_at: Timestamp
     last_health_at: Timestamp | None
@@ -159,7 +161,7 @@ class StatusAnswer(BaseModel):
 
 class RotateKeyAnswer(BaseModel):
     engine_id: UUID
-    api_key: str | None
+    api_key: str | None = Field(None, description="absent for the admin key", examples=["sk-sept-…"])
     overlap_seconds: int = Field(description="how long the old key stays valid; 0 where nothing of the engine runs")
     restarted: bool = Field(description="the engine could not take the key while it ran and was created again")
 

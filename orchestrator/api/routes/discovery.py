@@ -33,7 +33,7 @@ _NO_FLAGS = AdmitRequest()
 async def look_up(request: Request) -> Response:
     caller = await product_caller(request, "read")
     found = await plane_of(request).discovery.look_up(caller, path_user_id(request))
-    return Response(dumps(_engine(found)), media_type="application/json")
+    return Response(dumps(_engine(found, to_admin=caller.is_admin)), media_type="application/json")
 
 
 @router.post(
@@ -66,7 +66,7 @@ async def admit(request: Request) -> Response:
         admission = await plane.discovery.admit_as_admin(
             caller, user_id, auto_provision=flags.auto_provision, auto_wake=flags.auto_wake
         )
-    return _admission(admission)
+    return _admission(admission, to_admin=platform_key is None)
 
 
 @router.get(
@@ -103,7 +103,7 @@ async def wait(request: Request) -> Response:
         found = replace(found, status="destroyed", url=None, api_key=None)
     else:
         found = await plane.discovery.look_up(caller, user_id)
-    return Response(dumps(_engine(found)), media_type="application/json")
+    return Response(dumps(_engine(found, to_admin=caller.is_admin)), media_type="application/json")
 
 
 def _number(text: str) -> float:
@@ -116,22 +116,23 @@ def _number(text: str) -> float:
     return value
 
 
-def _engine(found: Found) -> dict[str, object]:
+def _engine(found: Found, *, to_admin: bool) -> dict[str, object]:
+    key = {} if to_admin else {"api_key": found.api_key}
     return {
         "engine_id": str(found.engine_id),
         "user_id": found.user_id,
         "status": found.status,
         "url": found.url,
-        "api_key": found.api_key,
+        **key,
         "engine_version": found.engine_version,
         "created_at": timestamp(found.created_at),
         "last_health_at": None if found.last_health_at is None else timestamp(found.last_health_at),
     }
 
 
-def _admission(admission: Admission) -> Response:
+def _admission(admission: Admission, *, to_admin: bool) -> Response:
     if admission.engine is not None:
-        body = dumps({"admitted": True, "engine": _engine(admission.engine)})
+        body = dumps({"admitted": True, "engine": _engine(admission.engine, to_admin=to_admin)})
         return Response(body, media_type="application/json")
     headers = {}
     if admission.retry_after_s is not None:

@@ -88,7 +88,8 @@ async def provision(request: Request) -> Response:
             status=found.status,
             url=found.url,
             api_key=found.api_key,
-        )
+        ),
+        exclude_none={"api_key"} if caller.is_admin else None,
     )
 
 
@@ -203,5 +204,6 @@ async def rotate_key(request: Request) -> Response:
             api_key=found.api_key,
             overlap_seconds=rotated.overlap_s,
             restarted=rotated.restarted,
-        )
+        ),
+        exclude_none={"api_key"} if caller.is_admin else None,
     )
