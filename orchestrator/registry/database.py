@@ -182,13 +182,17 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self, *, timeout_s: float = STATEMENT_TIMEOUT_S) -> AsyncIterator[Connection]:
-        """A transaction that is rolled back on any error, and ended after `timeout_s` at the latest."""
+        """A transaction that is rolled back on any error, and ended after `timeout_s` at the latest.
+
+        That the database answers at all is known within `STATEMENT_TIMEOUT_S`, however long the rest may take.
+        """
         async with (
             _translated(),
-            asyncio.timeout(timeout_s),
+            asyncio.timeout(STATEMENT_TIMEOUT_S) as limit,
             self.pool.acquire() as connection,
             connection.transaction(),
         ):
+            limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
             yield connection
 
 

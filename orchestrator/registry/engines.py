@@ -6,9 +6,11 @@ is not the current one any more: the caller must then stop acting.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from orchestrator.errors import IdempotencyConflict, PortExhaustion, ProductNotFound, QuotaExceeded
 from orchestrator.registry.database import Database, sql
@@ -67,9 +69,13 @@ class Finish:
     answers_wish: str | None = None
 
 
+INSERT_TIMEOUT_S = 10.0  # other processes may be inserting for the same product
+
+
 class EngineRegistry:
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
 
     # --- provision ------------------------------------------------------------------------------------
 
@@ -80,7 +86,9 @@ class EngineRegistry:
         the location's advisory lock. Raises `QuotaExceeded`, `PortExhaustion`, `IdempotencyConflict`,
         `ProductNotFound`; then no row is left.
         """
-        async with self._database.transaction() as connection:
+        # One connection at a time waits for the product's row, so that a burst leaves the pool to others.
+        turn = self._turns.setdefault(new.product_id, asyncio.Lock())
+        async with turn, self._database.transaction(timeout_s=INSERT_TIMEOUT_S) as connection:
             if new.idempotency is not None:
                 key, body_hash = new.idempotency
                 await connection.execute(sql("idempotency_lock"), str(new.product_id), key)
