@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup run test bench lint lock
+.PHONY: setup run test bench lint images lock
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -30,6 +30,10 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+# Needs a Docker Engine; works where no image registry answers.
+images:
+	@deploy/images.sh $(ARGS)
 
 # Needs `uv`: resolves for every supported platform and Python.
 lock:
