@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.requests import Request
 
-__all__ = ["STATUS", "error_response", "errors", "invalid_request", "ours"]
+__all__ = ["BY_PRODUCTS", "EVERYWHERE", "STATUS", "error_response", "errors", "invalid_request", "ours"]
 
 log = structlog.get_logger("orchestrator.api")
 
@@ -59,6 +59,16 @@ STATUS: Final[dict[str, int]] = {
     "INTERNAL_ERROR": 500,
     "CONFIGURATION_ERROR": 500,
 }
+
+# What every call may answer, and what every call that carries a platform key (or an admin key in its place) may.
+EVERYWHERE: Final = ("PAYLOAD_TOO_LARGE", "DATABASE_UNAVAILABLE", "INTERNAL_ERROR")
+BY_PRODUCTS: Final = (
+    "INVALID_PLATFORM_KEY",
+    "INVALID_ADMIN_KEY",
+    "PRODUCT_NOT_FOUND",
+    "POLICY_DENIED",
+    *EVERYWHERE,
+)
 
 DEFAULT_RETRY_AFTER_S = 5
 

@@ -27,6 +27,14 @@ USER_ID: Final[dict[str, Any]] = {
     ]
 }
 
+_PRODUCT_ID: Final[dict[str, Any]] = {
+    "name": "X-Product-Id",
+    "in": "header",
+    "required": False,
+    "description": "the product that an admin key acts as",
+    "schema": {"type": "string", "format": "uuid"},
+}
+
 _BODIES = (
     models.ProvisionRequest,
     models.AdmitRequest,
@@ -81,4 +89,5 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 operation["security"] = [{"admin": []}]
             else:
                 operation["security"] = [{"platform": []}, {"admin": []}]
+                operation.setdefault("parameters", []).append(_PRODUCT_ID)
     return document

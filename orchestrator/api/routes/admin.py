@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from orchestrator.api.auth import plane_of, require_admin
-from orchestrator.api.errors import errors
+from orchestrator.api.errors import EVERYWHERE, errors
 from orchestrator.api.http import answer, body_of, json_body
 from orchestrator.api.models import PolicyAnswer, PolicyRequest, RegisterAnswer, RegisterRequest
 from orchestrator.errors import ProductNotFound, ProductSlugExists
@@ -23,7 +23,7 @@ router = APIRouter(tags=["admin"])
     description="The platform key is shown only in this answer.",
     responses={
         200: {"model": RegisterAnswer},
-        **errors("INVALID_REQUEST", "INVALID_ADMIN_KEY", "PRODUCT_SLUG_EXISTS", "DATABASE_UNAVAILABLE"),
+        **errors("INVALID_REQUEST", "INVALID_ADMIN_KEY", "PRODUCT_SLUG_EXISTS", *EVERYWHERE),
     },
     openapi_extra=json_body(RegisterRequest),
 )
@@ -46,7 +46,7 @@ async def register(request: Request) -> Response:
     description="Whole, in force for the next call. A lower `max_engines` destroys nothing.",
     responses={
         200: {"model": PolicyAnswer},
-        **errors("INVALID_REQUEST", "INVALID_ADMIN_KEY", "PRODUCT_NOT_FOUND", "DATABASE_UNAVAILABLE"),
+        **errors("INVALID_REQUEST", "INVALID_ADMIN_KEY", "PRODUCT_NOT_FOUND", *EVERYWHERE),
     },
     openapi_extra=json_body(PolicyRequest)
     | {"parameters": [{"name": "product_id", "in": "path", "required": True, "schema": {"type": "string"}}]},

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from orchestrator.api.auth import plane_of, product_or_all
-from orchestrator.api.errors import errors
+from orchestrator.api.errors import BY_PRODUCTS, errors
 from orchestrator.api.http import answer, dumps
 from orchestrator.api.models import FleetAnswer, ListAnswer, MetricsAnswer, Percentiles, ProductFleet, timestamp
 from orchestrator.errors import InvalidRequest
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["fleet"])
 
-COMMON = errors("INVALID_PLATFORM_KEY", "POLICY_DENIED", "DATABASE_UNAVAILABLE")
+COMMON = errors(*BY_PRODUCTS)
 MAX_OFFSET = 2**31 - 1
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from orchestrator.api.auth import plane_of, product_caller
-from orchestrator.api.errors import errors
+from orchestrator.api.errors import BY_PRODUCTS, errors
 from orchestrator.api.http import answer, body_of, json_body, path_user_id
 from orchestrator.api.models import (
     KeepAliveAnswer,
@@ -28,7 +28,7 @@ from orchestrator.policy import image_of
 
 router = APIRouter(tags=["lifecycle"])
 
-COMMON = ("INVALID_REQUEST", "INVALID_PLATFORM_KEY", "POLICY_DENIED", "DATABASE_UNAVAILABLE")
+COMMON = ("INVALID_REQUEST", *BY_PRODUCTS)
 ON_ENGINE = (*COMMON, "ENGINE_NOT_FOUND", "ENGINE_BUSY")
 BOOTING = ("BOOT_TIMEOUT", "BACKEND_ERROR", "BACKEND_UNAVAILABLE", "IMAGE_NOT_FOUND")
 
