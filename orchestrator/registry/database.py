@@ -59,6 +59,7 @@ _CONNECTION_ERRORS = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.ObjectNotInPrerequisiteStateError,  # the database accepts no connections
     asyncpg.ReadOnlySQLTransactionError,  # a standby, before its promotion
+    asyncpg.InternalClientError,  # the server's farewell came in between: "another operation is in progress"
 )
 
 

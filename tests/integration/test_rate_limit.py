@@ -188,3 +188,19 @@ async def test_change_of_policy_under_load(served: Served) -> None:
             passed += await product.admits(8, served.plane, other)
         passed += await product.admits(60, served.plane, other)
     assert 40 <= passed <= 45
+
+
+async def test_a_call_that_is_counted_while_the_policy_changes(served: Served) -> None:
+    """The change waits for it, and carries it over."""
+    product = await limited(served, 10)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with database(served.deployment.variables["ORCH_DATABASE_URL"]) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("UPDATE rate_slots SET free_at = now() + interval '60 s' WHERE slot = 7")
+        changing = asyncio.create_task(product.set_policy({"rate_limit_rpm": 12}))
+        while not await product.sql(waiting):  # noqa: ASYNC110 - the database says when it waits
+            await asyncio.sleep(0)
+        await transaction.commit()
+        await changing
+    assert await product.admits(20) == 11
