@@ -45,7 +45,8 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket. Raises `ConfigurationError` that names the variable to change."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an ACK.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

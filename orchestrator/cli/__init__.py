@@ -91,11 +91,12 @@ def dev(
 @app.command()
 def serve() -> None:
     """Serve in production, as the ORCH_* variables and .env say."""
-    from orchestrator.logs import configure_logging
-    from orchestrator.server import serve as serve_forever
     from orchestrator.settings import load_settings
 
-    settings = load_settings()
+    settings = load_settings()  # first: a bad one is told at once, before everything else is imported
+    from orchestrator.logs import configure_logging
+    from orchestrator.server import serve as serve_forever
+
     configure_logging(settings.log_level, settings.log_format)
     serve_forever(settings)
 

@@ -19,6 +19,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from orchestrator.registry.migrations import HEAD
+from orchestrator.server import bind
 from orchestrator.settings import Settings
 from tests.conftest import url_of
 from tests.integration.checks import database
@@ -73,8 +74,8 @@ class Command:
         assert ended.out == ""
         assert len(ended.err.splitlines()) == 1, ended.err
         assert ended.err.startswith("error: ")
-        for secret in (MASTER_KEY, ADMIN_KEY, "a-secret-password", *(value for value in changes.values() if value)):
-            assert secret not in ended.err or len(secret) < 8
+        for secret in (MASTER_KEY, ADMIN_KEY, "a-secret-password", "not-a-fernet-key"):
+            assert secret not in ended.err
         return ended.err.strip()
 
 
@@ -132,29 +133,22 @@ async def _newer(command: Command, url: str) -> str:
     return await command.complains("serve")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"ORCH_PORT": "eighty"},
-        {"ORCH_PORT": "65536"},
-        {"ORCH_MASTER_KEY": "not-a-fernet-key"},
-        {"ORCH_ADMIN_KEY": "short"},
-        {"ORCH_DATABASE_URL": "mysql://me:a-secret-password@host/db"},
-        {"ORCH_ENGINE_BACKEND": "no-such-backend"},
-        {"ORCH_LOG_LEVEL": "chatty"},
-        {"ORCH_DATABASE_URL": None},
-        {"ORCH_ENGINE_ENV_PASSTHROUGH": "ORCH_MASTER_KEY"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-async def test_a_bad_setting_is_named(command: Command, changes: dict[str, str | None]) -> None:
-    ended = await command("serve", **changes)
-    (name,) = changes
-    assert ended.code == 1
-    assert ended.err.startswith(f"error: {name}: ")
-    assert len(ended.err.splitlines()) == 1
-    assert "a-secret-password" not in ended.err
-    assert "not-a-fernet-key" not in ended.err
+async def test_a_bad_setting_is_named(command: Command) -> None:
+    bad: list[tuple[str, str | None]] = [
+        ("ORCH_PORT", "eighty"),
+        ("ORCH_PORT", "65536"),
+        ("ORCH_MASTER_KEY", "not-a-fernet-key"),
+        ("ORCH_ADMIN_KEY", "short"),
+        ("ORCH_DATABASE_URL", "mysql://me:a-secret-password@host/db"),
+        ("ORCH_DATABASE_URL", None),
+        ("ORCH_ENGINE_BACKEND", "no-such-backend"),
+        ("ORCH_LOG_LEVEL", "chatty"),
+        ("ORCH_ENGINE_ENV_PASSTHROUGH", "ORCH_MASTER_KEY"),
+    ]
+    lines = await asyncio.gather(*(command.complains("serve", **{name: value}) for name, value in bad))
+    for (name, _), line in zip(bad, lines, strict=True):
+        assert line.startswith(f"error: {name}: ")
+    assert len(set(lines)) == len(lines)
 
 
 async def test_several_bad_settings_are_all_named(command: Command) -> None:
@@ -174,8 +168,11 @@ async def test_databases_that_cannot_be_used(command: Command, postgres_url: str
             f"postgresql://me:a-secret-password@127.0.0.1:{ports[1]}/db": "no answer",
             url_of(postgres_url, "no_such_database"): "does not exist",
         }
-        for (url, reason), name in zip(urls.items(), ("serve", "serve", "serve", "migrate"), strict=True):
-            line = await command.complains(name, ORCH_DATABASE_URL=url)
+        names = "serve", "serve", "serve", "migrate"
+        lines = await asyncio.gather(
+            *(command.complains(name, ORCH_DATABASE_URL=url) for name, url in zip(names, urls, strict=True))
+        )
+        for line, reason in zip(lines, urls.values(), strict=True):
             assert "database is unavailable" in line
             assert reason in line
     finally:
@@ -219,6 +216,22 @@ async def test_keys_under_a_master_key_that_is_missing(command: Command) -> None
 
 
 # --- serving ----------------------------------------------------------------------------------------------------
+
+
+async def test_answers_do_not_wait_for_an_ack() -> None:
+    """Whatever the event loop: Nagle's algorithm is off on what the bound socket accepts."""
+    delays: list[int] = []
+
+    async def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        delays.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    sock = bind("127.0.0.1", 0)
+    async with await asyncio.start_server(look, sock=sock):
+        reader, writer = await asyncio.open_connection(*sock.getsockname())
+        assert await reader.read() == b""
+        writer.close()
+    assert delays == [1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
