@@ -1,7 +1,8 @@
 """`orchestrator dev`: database, backend, engine and a demonstration on one machine, with nothing to install.
 
-Everything lives in one state directory. Ctrl-C stops the engines and the database; after a `kill -9` both go on
-running, and the next `dev` adopts them.
+Everything lives in one state directory, but for engines on Docker: their data is in volumes. Each backend has a
+database of its own there. Ctrl-C stops the engines and the database; after a `kill -9` both go on running, and the
+next `dev` adopts them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from httpx_sse import aconnect_sse
 from rich.markup import escape
 
 from orchestrator.api import create_app
+from orchestrator.backends.docker_host import find_docker_host
 from orchestrator.control_plane import ControlPlane
+from orchestrator.dev_image import BUILT_IMAGE, provide_image
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import new_platform_key, sha256_hex
 from orchestrator.logs import configure_logging
@@ -35,7 +38,7 @@ from orchestrator.settings import load_settings
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from uuid import UUID
 
@@ -47,13 +50,14 @@ __all__ = ["DevOptions", "run_dev"]
 
 USER = "demo-user-001"
 MESSAGE = "Hello! Who are you, and what do you remember of me?"
-DATABASE = "orchestrator"
+DATABASES = {"subprocess": "orchestrator", "docker": "orchestrator_docker"}
 DEMO_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class DevOptions:
     state_dir: Path
+    backend: str  # subprocess | docker
     port: int
     once: bool
     demo: bool
@@ -85,7 +89,7 @@ def run_dev(options: DevOptions, console: Console) -> None:
         with _step(console, "PostgreSQL"):
             postgres = _start_postgres(state_dir / "postgres")
         try:
-            settings = _settings(options, port, keys, postgres.get_uri(DATABASE))
+            settings = _settings(options, port, keys, postgres.get_uri(DATABASES[options.backend]))
             configure_logging(settings.log_level, settings.log_format)
             run(_dev(options, settings, keys, sock, console))
         finally:
@@ -163,17 +167,15 @@ def _settings(options: DevOptions, port: int, keys: _Keys, database_url: str) ->
         "master_key": keys.master,
         "admin_key": keys.admin,
         "auto_migrate": True,
-        "engine_backend": "subprocess",
+        "engine_backend": options.backend,
         "data_root": options.state_dir,
         "host": "127.0.0.1",
         "port": port,
         "workers": 1,
     }
-    defaults = {
-        "engine_image": "september-engine:dev",
-        "catalog_mount_path": str(importlib.resources.files("engine") / "catalog"),
-        "log_level": "warning",
-    }
+    defaults = {"engine_image": BUILT_IMAGE, "log_level": "warning"}
+    if options.backend != "docker" or not find_docker_host().is_remote:  # the path is one of the daemon's host
+        defaults["catalog_mount_path"] = str(importlib.resources.files("engine") / "catalog")
     for name, value in defaults.items():
         if f"ORCH_{name.upper()}" not in os.environ:
             overrides[name] = value
@@ -211,7 +213,10 @@ def _forget_dead_postmaster(directory: Path) -> None:
 
 
 async def _dev(options: DevOptions, settings: Settings, keys: _Keys, sock: socket.socket, console: Console) -> None:
-    await _create_database(settings)
+    if options.backend == "docker":
+        with _step(console, f"Engine image {settings.engine_image}") as tell:
+            await provide_image(settings.engine_image, tell, pull_timeout_s=settings.pull_timeout_s)
+    await _create_database(settings, DATABASES[options.backend])
     plane = ControlPlane(settings)
     try:
         with _step(console, "Orchestrator"):
@@ -259,12 +264,12 @@ async def _dev(options: DevOptions, settings: Settings, keys: _Keys, sock: socke
         await plane.close()
 
 
-async def _create_database(settings: Settings) -> None:
-    server = settings.database_url.get_secret_value().replace(f"/{DATABASE}?", "/postgres?", 1)
+async def _create_database(settings: Settings, name: str) -> None:
+    server = settings.database_url.get_secret_value().replace(f"/{name}?", "/postgres?", 1)
     connection = await connect(server)
     try:
-        if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
-            await connection.execute(f'CREATE DATABASE "{DATABASE}"')
+        if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", name):
+            await connection.execute(f'CREATE DATABASE "{name}"')
     except asyncpg.DuplicateDatabaseError:
         pass
     finally:
@@ -287,11 +292,18 @@ async def _register(plane: ControlPlane, keys: _Keys) -> UUID:
 
 
 @contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    """A spinner while it works, a line with the time when it is done."""
+def _step(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner while it works, a line with the time when it is done; what it yields takes progress."""
     began = time.perf_counter()
-    with console.status(f"{what} …"):
-        yield
+    with console.status(f"{what} …") as status:
+
+        def tell(progress: str) -> None:
+            if console.is_terminal:
+                status.update(f"{what} … [dim]{escape(progress[: max(20, console.width - len(what) - 10)])}[/]")
+            else:
+                console.print(f"  {escape(progress)}", soft_wrap=True, highlight=False)
+
+        yield tell
     console.print(f"[green]✓[/] {what} [dim]{time.perf_counter() - began:.1f} s[/]", highlight=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path  # noqa: TC003 - Typer reads the annotations
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -61,6 +61,9 @@ def _root(
 
 @app.command()
 def dev(
+    backend: Annotated[
+        Literal["subprocess", "docker"], typer.Option(help="What engines run in: processes or containers.")
+    ] = "subprocess",
     once: Annotated[bool, typer.Option("--once", help="Exit after the demonstration.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on.")] = 8000,
     state_dir: Annotated[
@@ -79,6 +82,7 @@ def dev(
     run_dev(
         DevOptions(
             state_dir=(state_dir or default_state_dir() / "dev").expanduser().absolute(),
+            backend=backend,
             port=port,
             once=once,
             demo=not no_demo,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import io
 import json
@@ -9,12 +11,26 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-__all__ = ["BASE", "IMAGE", "OTHER_IMAGE", "build_images", "docker", "inspect", "missing", "require_docker"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "BASE",
+    "IMAGE",
+    "OTHER_IMAGE",
+    "build_images",
+    "docker",
+    "image_build",
+    "inspect",
+    "missing",
+    "require_docker",
+]
 
 TESTS = Path(__file__).resolve().parents[1]
 BASE = os.environ.get("ENGINE_TEST_BASE", "engine-orchestrator-base:dev")
@@ -76,6 +92,14 @@ def missing(problem: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@contextlib.contextmanager
+def image_build() -> Iterator[None]:
+    """One test process at a time builds the project's images: the others then find its layers."""
+    with (Path(tempfile.gettempdir()) / f"engine-orchestrator-images-{os.getuid()}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache

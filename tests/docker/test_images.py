@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.errors import ConfigurationError
 from tests.conformance.conftest import KEY
-from tests.docker.daemon import BASE, docker, inspect, require_docker
+from tests.docker.daemon import BASE, docker, image_build, inspect, require_docker
 from tests.docker.harness import DockerHarness
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ asyncio.run(main())
 def images() -> None:
     require_docker()
     environment = {**os.environ, "ENGINE_TAG": ENGINE, "ORCHESTRATOR_TAG": ORCHESTRATOR}
-    done = subprocess.run([ROOT / "deploy/images.sh"], capture_output=True, env=environment, timeout=590)
+    with image_build():
+        done = subprocess.run([ROOT / "deploy/images.sh"], capture_output=True, env=environment, timeout=590)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 

@@ -26,15 +26,21 @@ if TYPE_CHECKING:
 class Dev:
     """One state directory, and the `dev` processes on it."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, **environment: str) -> None:
         self.state_dir = state_dir
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(state_dir.parent),
+            "TERM": "dumb",
+            **({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
+            **environment,
+        }
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.state_dir.parent), "TERM": "dumb"}
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator", "dev", "--state-dir", str(self.state_dir), "--port", "0", *flags],
-            env=environment,
+            env=self.environment,
             cwd=self.state_dir.parent,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -45,17 +51,17 @@ class Dev:
         self.processes.append(process)
         return process
 
-    def run(self, *flags: str) -> str:
+    def run(self, *flags: str, within_s: float = 90) -> str:
         """To its end, which must be good; what it printed."""
         process = self.start(*flags)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=within_s)
         assert process.returncode == 0, output
         return output
 
-    async def serving(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+    async def serving(self, process: subprocess.Popen[str], *, within_s: float = 90) -> dict[str, Any]:
         """`dev.json`, once the server answers."""
         path = self.state_dir / "dev.json"
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(within_s):
             while True:
                 assert process.poll() is None, process.communicate()[0]
                 with suppress(FileNotFoundError, httpx.TransportError):
