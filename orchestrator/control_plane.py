@@ -19,11 +19,14 @@ from orchestrator.engine_http import EngineHttp
 from orchestrator.errors import ConfigurationError, DatabaseUnavailable
 from orchestrator.events import Notifications
 from orchestrator.keys import KeyRing
-from orchestrator.lifecycle import Lifecycle
+from orchestrator.lifecycle import Flights, Healing, Lifecycle
 from orchestrator.lifecycle.leases import LeaseKeeper
 from orchestrator.lifecycle.means import Means
 from orchestrator.loops import reconcile
+from orchestrator.loops.health import HealthLoop, RestartLoop
+from orchestrator.loops.idle import IdleLoop
 from orchestrator.loops.runner import Loop, LoopRunner
+from orchestrator.loops.watch import EventWatch
 from orchestrator.policy import RateLimiter
 from orchestrator.registry import Registry
 from orchestrator.registry.database import Database
@@ -40,13 +43,18 @@ __all__ = ["ControlPlane"]
 log = structlog.get_logger("orchestrator")
 
 DRAIN_S = 10.0
+RECONCILE_S = 60.0
 
 
 class ControlPlane:
     """One replica. `open` raises `ConfigurationError` or `DatabaseUnavailable` with one clear line."""
 
     means: Means
+    flights: Flights
     lifecycle: Lifecycle
+    healing: Healing
+    health: HealthLoop
+    watch: EventWatch
     discovery: Discovery
     backend: EngineBackend
     deployment_id: UUID
@@ -67,7 +75,8 @@ class ControlPlane:
         self.keeper = LeaseKeeper(self.registry.engines, self.notifications, owner, settings.lease_s)
         self.loops = LoopRunner([])
 
-    async def open(self) -> None:
+    async def open(self, *, loops: bool = True) -> None:
+        """Without `loops`, nothing happens by itself: for a command that does one thing."""
         settings = self.settings
         url = settings.database_url.get_secret_value()
         if settings.auto_migrate:
@@ -93,12 +102,34 @@ class ControlPlane:
             location_id,
             asyncio.Semaphore(settings.start_concurrency),
         )
-        self.lifecycle = Lifecycle(self.means, self.keeper, self.notifications)
+        self.flights = Flights(self.means, self.keeper, self.notifications)
+        self.lifecycle = Lifecycle(self.means, self.flights, self.notifications)
+        self.healing = Healing(self.means, self.flights)
         self.discovery = Discovery(settings, self.registry, self.lifecycle, self.limiter, self.activity, self.keyring)
+        if loops:
+            self._start_loops()
+        log.info(
+            "ready",
+            deployment=settings.deployment_id or str(self.deployment_id),
+            backend=settings.engine_backend,
+            location=str(location_id),
+        )
+
+    def _start_loops(self) -> None:
+        settings = self.settings
+        self.health = HealthLoop(self.means, self.healing)
+        reconciling = Loop("reconcile", RECONCILE_S, lambda: reconcile.reconcile(self.means, self.healing))
+        self.watch = EventWatch(self.means, self.healing, self.health, reconciling.run_now)
+        restarts = RestartLoop(self.means, self.healing)
+        idle = IdleLoop(self.means, self.healing)
         self.loops = LoopRunner(
             [
-                Loop("take_over", 0.8, lambda: reconcile.take_over(self.lifecycle)),
-                Loop("reconcile", 60, lambda: reconcile.reconcile(self.means, self.lifecycle)),
+                Loop("take_over", 0.8, lambda: reconcile.take_over(self.healing)),
+                reconciling,
+                Loop("health", min(1.0, settings.health_check_interval_s / 4), self.health.round),
+                Loop("restarts", min(1.0, settings.restart_backoff_base_s / 4), restarts.round),
+                Loop("idle", 1.0, idle.round),
+                Loop("watch", 0.1, self.watch.round),
                 Loop("activity", 0.5, self.activity.flush),
                 Loop("rate", 1, self.limiter.settle),
                 Loop("audit", 0.5, lambda: audit.sequence(self.registry.audit)),
@@ -106,12 +137,7 @@ class ControlPlane:
             ]
         )
         self.loops.start()
-        log.info(
-            "ready",
-            deployment=settings.deployment_id or str(self.deployment_id),
-            backend=settings.engine_backend,
-            location=str(location_id),
-        )
+        self.watch.start()
 
     async def _require_location(self, location_id: UUID) -> None:
         known = await self.registry.engines.locations()
@@ -128,9 +154,13 @@ class ControlPlane:
 
     async def close(self) -> None:
         """Loops end, operations finish or are handed over, what is in memory is written. No engine is stopped."""
+        if hasattr(self, "watch"):
+            await self.watch.stop()
         await self.loops.stop()
-        if hasattr(self, "lifecycle"):  # else it was never wholly open, and there is nothing to hand over or write
-            await self.lifecycle.drain(DRAIN_S)
+        if hasattr(self, "health"):
+            await self.health.stop()
+        if hasattr(self, "flights"):  # else it was never wholly open, and there is nothing to hand over or write
+            await self.flights.drain(DRAIN_S)
             try:
                 await self.activity.flush()
                 await self.limiter.close()

@@ -259,7 +259,7 @@ async def _dev(options: DevOptions, settings: Settings, keys: _Keys, sock: socke
             waiting.cancel()
         if not options.keep_engines:
             with _step(console, "Engines stopped"):
-                await plane.lifecycle.unload_all()
+                await plane.healing.unload_all()
     finally:
         await plane.close()
 

@@ -30,6 +30,7 @@ class Health:
     reason: str | None = None
     activity: Activity | None = None
     reports_activity: bool = False  # the field was there, whatever it said
+    uptime_s: float | None = None
 
 
 class KeyPush:
@@ -87,7 +88,12 @@ class EngineHttp:
             return Health(False, f"status is {str(status)[:40]!r}")
         subsystems = answer.get("subsystems")
         reported = subsystems.get("activity") if isinstance(subsystems, dict) else None
-        return Health(True, activity=_activity(reported), reports_activity=reported is not None)
+        return Health(
+            True,
+            activity=_activity(reported),
+            reports_activity=reported is not None,
+            uptime_s=_seconds(answer.get("uptime_seconds")),
+        )
 
     async def accepts_key(self, url: str, key: str, timeout_s: float) -> bool:
         """False when whoever answers at `url` refuses the key, so that it is not the engine that has it."""
@@ -128,9 +134,14 @@ class EngineHttp:
 def _activity(reported: Any) -> Activity | None:
     if not isinstance(reported, dict):
         return None
-    in_flight, idle_s = reported.get("in_flight"), reported.get("idle_seconds")
+    in_flight, idle_s = reported.get("in_flight"), _seconds(reported.get("idle_seconds"))
     if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 0:
         return None
-    if isinstance(idle_s, bool) or not isinstance(idle_s, int | float) or not 0 <= idle_s < float("inf"):
+    return None if idle_s is None else Activity(in_flight, idle_s)
+
+
+def _seconds(value: Any) -> float | None:
+    """A possible duration, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         return None
-    return Activity(in_flight, float(idle_s))
+    return float(value)

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from orchestrator.settings import Settings
 
 __all__ = [
+    "BackendEvent",
     "BackendObject",
     "Capabilities",
     "EngineBackend",
     "EngineEndpoint",
+    "EventKind",
     "LogLine",
     "ObjectState",
     "id12",
@@ -84,6 +86,29 @@ class BackendObject:
     incarnation: int
     endpoint: EngineEndpoint
     restart_count: int = 0  # restarts made by the backend itself
+    exit_code: int | None = None
+    mending: bool = False  # exited, and the backend is about to start it again by itself
+
+
+class EventKind(StrEnum):
+    """What happened to an object, as its backend tells at once."""
+
+    RESYNC = "resync"  # a subscription begins, at first or after a break: look at the list
+    STARTED = "started"
+    EXITED = "exited"
+    OUT_OF_MEMORY = "out_of_memory"
+    FROZEN = "frozen"
+    THAWED = "thawed"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEvent:
+    """A hint: the list is the truth."""
+
+    kind: EventKind
+    engine_id: UUID | None = None
+    container_id: str | None = None
     exit_code: int | None = None
 
 
@@ -199,3 +224,7 @@ class EngineBackend(abc.ABC):
     def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncIterator[LogLine]:
         """The last `tail` lines, then new ones while `follow` (needs `logs`)."""
         raise NotSupported("logs", self.name)
+
+    def events(self) -> AsyncIterator[BackendEvent]:
+        """What happens to this deployment's objects, for ever; comes back by itself after a break (needs `events`)."""
+        raise NotSupported("events", self.name)

@@ -48,7 +48,7 @@ from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationE
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-    from orchestrator.backends.docker_events import BackendEvent
+    from orchestrator.backends.base import BackendEvent
     from orchestrator.settings import Settings
 
 __all__ = ["DockerBackend"]
@@ -221,6 +221,7 @@ class DockerBackend(EngineBackend):
             endpoint=self._endpoint(engine_id, found["Id"], labels),
             restart_count=int(found.get("RestartCount") or 0),
             exit_code=int(state.get("ExitCode") or 0) if kind is ObjectState.EXITED else None,
+            mending=bool(state.get("Restarting")),
         )
 
     async def list(self) -> _Objects:
@@ -241,6 +242,7 @@ class DockerBackend(EngineBackend):
                     incarnation=number(labels, INCARNATION, 0),
                     endpoint=self._endpoint(engine_id, container["Id"], labels),
                     exit_code=_exit_code(container["Status"]) if state is ObjectState.EXITED else None,
+                    mending=container["State"] == "restarting",
                 )
             )
         self._networks.count(networks)

@@ -10,12 +10,11 @@ import asyncio
 import contextlib
 import json
 import random
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from orchestrator.backends.base import BackendEvent, EventKind
 from orchestrator.backends.docker_names import DEPLOYMENT, engine_of
 from orchestrator.errors import BackendError
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from orchestrator.backends.docker_client import DockerClient
 
-__all__ = ["BackendEvent", "EventKind", "watch"]
+__all__ = ["watch"]
 
 log = structlog.get_logger("orchestrator.docker")
 
@@ -35,24 +34,6 @@ _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 10.0
 # A stream that says nothing may be one whose daemon hangs.
 _QUIET_S = 20.0
-
-
-class EventKind(StrEnum):
-    RESYNC = "resync"  # a subscription begins: look at the list
-    STARTED = "started"
-    EXITED = "exited"
-    OUT_OF_MEMORY = "out_of_memory"
-    FROZEN = "frozen"
-    THAWED = "thawed"
-    REMOVED = "removed"
-
-
-@dataclass(frozen=True, slots=True)
-class BackendEvent:
-    kind: EventKind
-    engine_id: UUID | None = None
-    container_id: str | None = None
-    exit_code: int | None = None
 
 
 _KINDS = {

@@ -6,37 +6,31 @@ another process waits for its end in the registry, holding no database connectio
 
 from __future__ import annotations
 
-import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import structlog
 
 from orchestrator.errors import (
-    BackendUnavailable,
-    BootTimeout,
     EngineAlreadyExists,
     EngineAlreadyRunning,
     EngineBusy,
     EngineNotFound,
     EngineNotRunning,
-    QueueTimeout,
     RecordedError,
     WaitTimeout,
 )
 from orchestrator.events import wait_briefly
 from orchestrator.keys import new_engine_key, sha256_hex
-from orchestrator.lifecycle.leases import Interrupted, Interruption
-from orchestrator.lifecycle.operations import Operations, Parameters
-from orchestrator.lifecycle.transitions import BOOTS, CALLS, TRANSITIONS, Call, Operation, Rule, State
+from orchestrator.lifecycle.operations import Parameters
+from orchestrator.lifecycle.transitions import CALLS, TRANSITIONS, Call, Operation, Rule, State
 from orchestrator.registry.engines import Inserted, NewEngine
-from orchestrator.registry.rows import NOBODY
 
 if TYPE_CHECKING:
     from orchestrator.events import Notifications
-    from orchestrator.lifecycle.leases import LeaseKeeper
+    from orchestrator.lifecycle.flights import Flights
     from orchestrator.lifecycle.means import Means
     from orchestrator.registry.rows import Engine
 
@@ -44,7 +38,7 @@ __all__ = ["Lifecycle", "Rotated"]
 
 log = structlog.get_logger("orchestrator.lifecycle")
 
-LEAST_PATIENCE_S = 5.0  # for an engine taken over at the very end of its time
+WAKEABLE = (Operation.SLEEP, Operation.REPAIR)  # a wake that meets these on a sleeping engine wins
 
 OPERATION_OF = {
     Call.PROVISION: Operation.PROVISION,
@@ -66,25 +60,11 @@ class Rotated:
     restarted: bool
 
 
-class _Flight:
-    """An operation of this process, and whether it has left the queue for a start slot."""
-
-    __slots__ = ("slot_taken", "task")
-
-    def __init__(self) -> None:
-        self.slot_taken = asyncio.Event()
-        self.task: asyncio.Task[Engine] | None = None
-
-
 class Lifecycle:
-    def __init__(self, means: Means, keeper: LeaseKeeper, notifications: Notifications) -> None:
+    def __init__(self, means: Means, flights: Flights, notifications: Notifications) -> None:
         self._means = means
-        self._keeper = keeper
+        self._flights = flights
         self._notifications = notifications
-        self._operations = Operations(means)
-        self._flights: dict[UUID, _Flight] = {}
-        self._watches: dict[UUID, asyncio.Task[Engine | None]] = {}
-        self._draining = False
 
     # --- calls ----------------------------------------------------------------------------------------
 
@@ -110,7 +90,7 @@ class Lifecycle:
         transition = TRANSITIONS[Operation.PROVISION]
         until = time.monotonic() + transition.deadline_s(means.settings)
         while True:
-            self._refuse_when_draining()
+            self._flights.refuse_when_draining()
             claimed_at = time.monotonic()
             engine, found = await means.registry.engines.insert(
                 NewEngine(
@@ -126,29 +106,29 @@ class Lifecycle:
                     master_key_id=master_key_id,
                     actor=actor,
                     deadline_s=transition.deadline_s(means.settings),
-                    owner=self._keeper.owner,
-                    lease_s=self._keeper.lease_s,
+                    owner=self._flights.keeper.owner,
+                    lease_s=self._flights.keeper.lease_s,
                     idempotency=idempotency,
                 )
             )
             if found is Inserted.NEW:
-                return await self._await_flight(engine, self._launch(engine, claimed_at))
+                return await self._flights.await_flight(engine, self._flights.launch(engine, claimed_at))
             join = join or found is Inserted.REPLAYED
             state = State(engine.status)
             rule = CALLS[Call.PROVISION][state]
             if rule is Rule.RETRY and not engine.ever_healthy:
                 if not engine.is_settled:
-                    await self._settled(engine, until)
+                    await self._flights.settled(engine, until)
                     continue
                 if idempotency is not None:
                     await means.registry.engines.put_idempotency_key(product_id, idempotency, engine.id)
-                claimed = await self._claim(engine, Operation.PROVISION, actor, engine_version=engine_version)
+                claimed = await self._flights.claim(engine, Operation.PROVISION, actor, engine_version=engine_version)
                 if claimed is not None:
                     return claimed
             elif join and state is State.PROVISIONING:
-                return await self._join(engine)
+                return await self._flights.join(engine)
             elif join and state is State.DESTROYING:
-                await self._settled(engine, until)
+                await self._flights.settled(engine, until)
             elif join:
                 return engine
             elif rule is Rule.BUSY:
@@ -207,23 +187,23 @@ class Lifecycle:
             engine = await self._require(product_id, user_id)
             state = State(engine.status)
             if state is State.PROVISIONING:
-                return await self._join(engine)
+                return await self._flights.join(engine)
             if state is not State.SLEEPING:
                 return engine
             if engine.is_settled:
-                claimed = await self._claim(engine, Operation.WAKE, actor)
+                claimed = await self._flights.claim(engine, Operation.WAKE, actor)
                 if claimed is not None:
                     return claimed
             else:
-                if engine.operation == Operation.SLEEP:
+                if engine.operation in WAKEABLE:
                     await self._means.registry.engines.set_wish(engine, "wake", actor)
-                await self._settled(engine, until)
+                await self._flights.settled(engine, until)
 
     async def recover_failed(self, product_id: UUID, user_id: str, *, actor: str) -> Engine:
         """What `admit` does with a failed engine: as `recover`, joining one under way."""
         engine = await self._require(product_id, user_id)
         if engine.status == State.PROVISIONING:
-            return await self._join(engine)
+            return await self._flights.join(engine)
         if engine.status != State.FAILED:
             return engine
         return await self.recover(product_id, user_id, actor=actor)
@@ -232,7 +212,7 @@ class Lifecycle:
         """Wait for the boot under way; raises how it failed."""
         engine = await self._require(product_id, user_id)
         if engine.status == State.PROVISIONING:
-            return await self._join(engine)
+            return await self._flights.join(engine)
         if engine.status == State.FAILED and engine.last_error is not None:
             raise RecordedError(engine.last_error)  # it ended just now
         return engine
@@ -258,86 +238,6 @@ class Lifecycle:
                 if left_s <= 0:
                     raise WaitTimeout(wanted, now.status, timeout_s)
                 await wait_briefly(changed, min(1.0, left_s))
-
-    # --- what loops ask for -----------------------------------------------------------------------------
-
-    async def take_over(self, limit: int) -> int:
-        """Go on with operations at this location whose owner is gone; how many were found."""
-        claimed_at = time.monotonic()
-        found = await self._means.registry.engines.take_over(
-            self._means.location_id,
-            owner=self._keeper.owner,
-            lease_s=self._keeper.lease_s,
-            limit=limit,
-            operations=list(Operation),
-        )
-        for engine, left_s in found:
-            log.info("operation_taken_over", engine_id=str(engine.id), operation=engine.operation)
-            self._launch(engine, claimed_at, patience_s=max(LEAST_PATIENCE_S, left_s))
-        return len(found)
-
-    async def carry_out_wishes(self, limit: int) -> None:
-        """Stops and destroys that were asked for by a process that is gone."""
-        due = await self._means.registry.engines.due_wishes(self._means.location_id, self._keeper.lease_s, limit)
-        for row in due:
-            engine = await self._means.registry.engines.by_id(row["id"])
-            if engine is not None:
-                claimed_at = time.monotonic()
-                claimed = await self._try_claim(
-                    engine,
-                    Operation(row["wish"]),
-                    row["wish_actor"],
-                    override=True,
-                    generation=row["lease_generation"],
-                )
-                if claimed is not None:
-                    log.info("wish_carried_out", engine_id=str(claimed.id), operation=claimed.operation)
-                    self._launch(claimed, claimed_at)
-
-    async def restart(self, engine_id: UUID, reason: str, generation: int) -> None:
-        """Bring an engine up again that should run and does not. Does not wait for the end.
-
-        `generation` is that of the row which the reason was found for: whoever claimed the engine since knows better.
-        """
-        engine = await self._means.registry.engines.by_id(engine_id)
-        if engine is None or not engine.is_settled:
-            return
-        claimed_at = time.monotonic()
-        claimed = await self._try_claim(
-            engine,
-            Operation.RESTART,
-            "system",
-            parameters=Parameters(reason=reason),
-            generation=generation,
-            action="auto_restart_start",
-        )
-        if claimed is not None:
-            self._launch(claimed, claimed_at)
-
-    async def unload_all(self) -> None:
-        """Stop the processes of all engines here, leaving them `sleeping`: the next admit wakes them."""
-        flights = []
-        for row in await self._means.registry.engines.here(self._means.location_id):
-            if row["status"] in (State.RUNNING, State.SLEEPING):
-                engine = await self._means.registry.engines.by_id(row["id"])
-                claimed_at = time.monotonic()
-                claimed = engine and await self._try_claim(engine, Operation.UNLOAD, "system")
-                if claimed:
-                    flights.append(self._launch(claimed, claimed_at))
-        await asyncio.gather(*(flight.task for flight in flights if flight.task is not None), return_exceptions=True)
-
-    async def drain(self, grace_s: float) -> None:
-        """The end of this process: what is under way may finish; what has not is handed to others."""
-        self._draining = True
-        tasks = {flight.task for flight in self._flights.values() if flight.task is not None}
-        if tasks:
-            await asyncio.wait(tasks, timeout=grace_s)
-        self._keeper.interrupt_all(Interruption.HANDOVER)
-        tasks = {flight.task for flight in self._flights.values() if flight.task is not None}
-        if tasks:
-            await asyncio.wait(tasks, timeout=5)
-        for watch in list(self._watches.values()):
-            watch.cancel()
 
     # --- the table, executed ----------------------------------------------------------------------------
 
@@ -381,7 +281,7 @@ class Lifecycle:
                 if joined is not None:
                     return joined
             elif engine.operation is None and (engine.wish is None or rule is Rule.CANCEL):
-                claimed = await self._claim(engine, operation, actor, parameters=parameters)
+                claimed = await self._flights.claim(engine, operation, actor, parameters=parameters)
                 if claimed is not None:
                     return claimed
             elif rule is Rule.CANCEL:
@@ -389,10 +289,10 @@ class Lifecycle:
                 if claimed is not None:
                     return claimed
             else:
-                if call is Call.START and engine.operation == Operation.SLEEP:
+                if call is Call.START and engine.operation in WAKEABLE:
                     wakes = True
                     await self._means.registry.engines.set_wish(engine, "wake", actor)
-                await self._settled(engine, until)
+                await self._flights.settled(engine, until)
             if time.monotonic() > until:
                 raise EngineBusy(user_id, status=engine.status, operation=engine.operation)
             now = await self._means.registry.engines.by_id(first.id)
@@ -411,204 +311,12 @@ class Lifecycle:
         now = engine if asked else await self._means.registry.engines.by_id(engine.id)
         if now is None or now.operation_id != engine.operation_id:
             return None
-        await self._settled(engine, time.monotonic() + self._keeper.lease_s + 0.5, released=True)
-        return await self._claim(engine, operation, actor, override=True)
+        await self._flights.settled(engine, time.monotonic() + self._flights.keeper.lease_s + 0.5, released=True)
+        return await self._flights.claim(engine, operation, actor, override=True)
 
     async def _join_same(self, call: Call, engine: Engine, until: float) -> Engine | None:
         """The end of the same operation under way; None: look again."""
         if call in (Call.DESTROY, Call.ROTATE_KEY):
-            await self._settled(engine, until)  # each rotation is one of its own
+            await self._flights.settled(engine, until)  # each rotation is one of its own
             return None
-        return await self._join(engine)
-
-    async def _claim(
-        self,
-        engine: Engine,
-        operation: Operation,
-        actor: str,
-        *,
-        parameters: Parameters | None = None,
-        override: bool = False,
-        engine_version: str | None = None,
-    ) -> Engine | None:
-        """Claim and carry out; None when somebody was faster."""
-        claimed_at = time.monotonic()
-        claimed = await self._try_claim(
-            engine, operation, actor, parameters=parameters, override=override, engine_version=engine_version
-        )
-        if claimed is None:
-            return None
-        if claimed.lease_owner == NOBODY:
-            return await self._follow(claimed)
-        return await self._await_flight(claimed, self._launch(claimed, claimed_at))
-
-    async def _try_claim(
-        self,
-        engine: Engine,
-        operation: Operation,
-        actor: str,
-        *,
-        parameters: Parameters | None = None,
-        override: bool = False,
-        engine_version: str | None = None,
-        generation: int | None = None,
-        action: str | None = None,
-    ) -> Engine | None:
-        self._refuse_when_draining()
-        row = TRANSITIONS[operation]
-        here = engine.location_id == self._means.location_id
-        return await self._means.registry.engines.claim(
-            engine.id,
-            operation=operation,
-            from_statuses=row.sources if row.during is not None else row.sources & {State(engine.status)},
-            status=row.during if row.during is not None else engine.status,
-            owner=self._keeper.owner if here else NOBODY,  # a process acts only on engines of its own location
-            lease_s=self._keeper.lease_s,
-            actor=actor,
-            deadline_s=row.deadline_s(self._means.settings),
-            parameters=(parameters or Parameters()).kept(),
-            override=override,
-            engine_version=engine_version,
-            generation=generation,
-            action=action,
-        )
-
-    def _refuse_when_draining(self) -> None:
-        if self._draining:
-            raise BackendUnavailable("This orchestrator is ending; another one, or the next, serves the call.")
-
-    # --- flights ----------------------------------------------------------------------------------------
-
-    def _launch(self, engine: Engine, claimed_at: float, *, patience_s: float | None = None) -> _Flight:
-        """Carry out the operation that `engine` was claimed for, in a task of its own."""
-        assert engine.operation_id is not None
-        operation_id = engine.operation_id
-        flight = _Flight()
-        flight.task = asyncio.create_task(
-            self._carry_out(engine, claimed_at, Parameters.of(engine, patience_s=patience_s), flight),
-            name=f"{engine.operation}",
-        )
-        self._flights[operation_id] = flight
-
-        def landed(task: asyncio.Task[Engine]) -> None:
-            if self._flights.get(operation_id) is flight:  # else: lost, and taken over by ourselves
-                del self._flights[operation_id]
-            self._notifications.changed(engine.id)
-            if not task.cancelled():
-                task.exception()  # retrieved: there may be nobody left to see it
-
-        flight.task.add_done_callback(landed)
-        return flight
-
-    async def _carry_out(self, engine: Engine, claimed_at: float, parameters: Parameters, flight: _Flight) -> Engine:
-        engines = self._means.registry.engines
-        try:
-            return await self._keeper.run(
-                engine,
-                claimed_at,
-                lambda lease: self._operations.carry_out(lease, parameters, flight.slot_taken),
-            )
-        except Interrupted as interrupted:
-            if interrupted.why is Interruption.WISH:
-                await self._means.persist(lambda: engines.release(engine))
-            elif interrupted.why is Interruption.HANDOVER:
-                await engines.requeue(engine, None, 0)
-            log.info("operation_left", engine_id=str(engine.id), operation=engine.operation, why=interrupted.why.value)
-            raise
-
-    async def _await_flight(self, engine: Engine, flight: _Flight) -> Engine:
-        assert flight.task is not None
-        queue_timeout_s = self._means.settings.queue_timeout_s
-        if not flight.slot_taken.is_set():
-            slot = asyncio.create_task(flight.slot_taken.wait())
-            try:
-                done, _ = await asyncio.wait(
-                    {flight.task, slot}, timeout=queue_timeout_s, return_when=asyncio.FIRST_COMPLETED
-                )
-            finally:
-                slot.cancel()
-            if not done:
-                raise QueueTimeout(queue_timeout_s)
-        try:
-            return await asyncio.shield(flight.task)
-        except Interrupted:
-            return await self._follow(engine)
-
-    async def _join(self, engine: Engine) -> Engine:
-        """The end of the operation under way, wherever it runs; raises how it failed."""
-        if engine.operation_id is not None and (flight := self._flights.get(engine.operation_id)) is not None:
-            return await self._await_flight(engine, flight)
-        return await self._follow(engine)
-
-    async def _follow(self, engine: Engine) -> Engine:
-        """The end of an operation that runs elsewhere, as the registry tells it."""
-        operation_id = engine.operation_id
-        assert operation_id is not None
-        watch = self._watches.get(operation_id)
-        if watch is None:
-            until = (
-                time.monotonic()
-                + self._means.settings.lease_s * 2
-                + sum(
-                    (
-                        self._means.settings.queue_timeout_s,
-                        self._means.settings.pull_timeout_s,
-                        self._means.settings.boot_timeout_s,
-                    )
-                )
-            )
-            watch = asyncio.create_task(self._watch(engine, until))
-            self._watches[operation_id] = watch
-            watch.add_done_callback(lambda _: self._watches.pop(operation_id, None))
-        now = await asyncio.shield(watch)
-        if now is None:
-            if engine.operation == Operation.DESTROY:
-                return engine
-            raise EngineNotFound(engine.user_id)
-        if now.operation_id == operation_id:
-            if now.last_error is not None:
-                raise RecordedError(now.last_error)
-            return now
-        # Something else came after it.
-        if now.status == State.DESTROYING:
-            raise EngineBusy(engine.user_id, status=now.status, operation=now.operation)
-        if engine.operation in BOOTS and now.status != State.RUNNING:
-            if now.operation is not None and now.status != State.STOPPED:
-                raise EngineBusy(engine.user_id, status=now.status, operation=now.operation)
-            raise EngineNotRunning(engine.user_id, now.status)
-        ended_as = TRANSITIONS[Operation(engine.operation)].success if engine.operation in set(Operation) else None
-        return now if ended_as is None else replace(now, status=ended_as)
-
-    async def _watch(self, engine: Engine, until: float) -> Engine | None:
-        """The row when this operation is over, or will be tried again later; None when the row is gone."""
-        with self._notifications.subscription(engine.id) as changed:
-            while True:
-                now = await self._look(engine)
-                if now is None or now.operation_id != engine.operation_id or now.is_settled or now.gave_up_for_now:
-                    return now
-                if time.monotonic() > until:
-                    raise BootTimeout(engine.user_id, self._means.settings.boot_timeout_s)
-                await wait_briefly(changed)
-
-    async def _look(self, engine: Engine) -> Engine | None:
-        return await self._means.registry.engines.by_id(engine.id)
-
-    async def _settled(self, engine: Engine, until: float, *, released: bool = False) -> None:
-        """Until the operation that `engine` shows is over, and a wish for its end is carried out.
-
-        Raises `EngineBusy` at `until`, and how it failed when it will be tried again later. `released`: returns as
-        soon as its holder has let go, and at `until`.
-        """
-        with self._notifications.subscription(engine.id) as changed:
-            while True:
-                now = await self._look(engine)
-                if now is None or now.operation_id != engine.operation_id or now.is_settled:
-                    return
-                left_s = until - time.monotonic()
-                if released and (now.operation is None or left_s <= 0):
-                    return
-                if now.gave_up_for_now and now.last_error is not None and not released:
-                    raise RecordedError(now.last_error)
-                if left_s <= 0:
-                    raise EngineBusy(engine.user_id, status=now.status, operation=now.operation)
-                await wait_briefly(changed, min(1.0, left_s))
+        return await self._flights.join(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from orchestrator.errors import DatabaseUnavailable
 from orchestrator.keys import fingerprint
 from orchestrator.lifecycle.leases import Interruption
+from orchestrator.registry.engines import Then
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from orchestrator.keys import KeyRing
     from orchestrator.lifecycle.leases import Lease
     from orchestrator.registry import Registry
+    from orchestrator.registry.engines import Finish
     from orchestrator.registry.rows import Engine, EngineKey
     from orchestrator.settings import Settings
 
 T = TypeVar("T")
 
+RESTART_JITTER = 1.2
+SHORTEST_SECRET = 6  # a shorter pass-through value is no secret, and would blot out half a log
 SETTLE_S = 2.0  # a backend call under way is given this long before an interrupted operation leaves it
 
 
@@ -78,6 +83,35 @@ class Means:
             with attempt:
                 return await write()
         raise AssertionError("unreachable: the last attempt is raised again")
+
+    async def finish(self, engine: Engine, end: Finish) -> Engine | None:
+        """The fenced end of an operation; None when the lease is lost or a stronger wish has come."""
+        interval_s = self.settings.health_check_interval_s
+        return await self.persist(lambda: self.registry.engines.finish(engine, end, probe_interval_s=interval_s))
+
+    def after_failure(self, engine: Engine, *, refund: bool = False) -> tuple[Then, float | None]:
+        """Whether a failed engine is restarted by itself, and in how many seconds.
+
+        `min(base · 2^n, max)` and up to a fifth more, n the attempts so far. One that never was healthy waits for a
+        provision; after the last attempt it waits for `recover`, `start` or `admit`.
+        """
+        if not engine.ever_healthy:
+            return Then.NOTHING, None
+        attempts = engine.restart_attempt - int(refund)
+        if attempts >= self.settings.restart_max_attempts:
+            return Then.GIVE_UP, None
+        delay_s = min(
+            self.settings.restart_backoff_base_s * 2 ** min(attempts, 32), self.settings.restart_backoff_max_s
+        )
+        return Then.RESTART, delay_s * random.uniform(1, RESTART_JITTER)  # noqa: S311 - jitter, not a secret
+
+    def without_secrets(self, line: str) -> str:
+        """A line of an engine's log, without the pass-through values that it may have printed."""
+        for name in self.settings.engine_env_passthrough:
+            value = os.environ.get(name, "")
+            if len(value) >= SHORTEST_SECRET:
+                line = line.replace(value, "********")
+        return line
 
     def environment(self, engine: Engine, key: EngineKey) -> dict[str, str]:
         """The variables that `create` is given; the contract's own win over pass-through names."""

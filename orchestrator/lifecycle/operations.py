@@ -16,8 +16,10 @@ from orchestrator.engine_http import KeyPush
 from orchestrator.errors import (
     BackendError,
     BackendUnavailable,
+    BootTimeout,
     DatabaseUnavailable,
     EngineBusy,
+    EngineFailed,
     InternalError,
     OrchestratorError,
     PortExhaustion,
@@ -28,7 +30,7 @@ from orchestrator.keys import new_engine_key, sha256_hex
 from orchestrator.lifecycle.boot import boot, push_pending_keys
 from orchestrator.lifecycle.leases import Interrupted, Interruption
 from orchestrator.lifecycle.transitions import STOP_GRACE_S, TRANSITIONS, Operation, State
-from orchestrator.registry.engines import Finish
+from orchestrator.registry.engines import Finish, Then
 from orchestrator.registry.rows import EngineKey
 
 if TYPE_CHECKING:
@@ -44,6 +46,10 @@ __all__ = ["Operations", "Parameters"]
 log = structlog.get_logger("orchestrator.lifecycle")
 
 FAILED_STOP_GRACE_S = 5
+THAWED_IDLE_S = 0.5  # an engine that was thawed behind our back rests at least so long before it is frozen again
+LAST_LINES = 20
+LAST_LINE_CHARS = 500
+LAST_LINES_S = 3.0
 RETRY_S = 5.0
 ACTIVITY_FLUSH_S = 1.0
 
@@ -52,23 +58,29 @@ ACTIVITY_FLUSH_S = 1.0
 class Parameters:
     """What a call asks of its operation; kept in the engine's row, so that a take-over goes on with the same.
 
-    `idle_s`: go to sleep only if the engine is idle for that long after one activity flush. `patience_s` is not
-    kept: what is left of the deadline at a take-over.
+    `idle_s`: go to sleep only if the engine is idle for that long after one activity flush. `reason`, `message`: what
+    a loop has found. `patience_s` is not kept: what is left of the deadline at a take-over.
     """
 
     overlap_s: float = 0
     idle_s: float | None = None
     reason: str | None = None
+    message: str | None = None
     patience_s: float | None = None
 
     def kept(self) -> dict[str, float | str]:
-        wanted = {"overlap_s": self.overlap_s, "idle_s": self.idle_s, "reason": self.reason}
+        wanted = {
+            "overlap_s": self.overlap_s,
+            "idle_s": self.idle_s,
+            "reason": self.reason,
+            "message": self.message,
+        }
         return {name: value for name, value in wanted.items() if value}
 
     @classmethod
     def of(cls, engine: Engine, *, patience_s: float | None = None) -> Parameters:
         kept = engine.operation_parameters
-        return cls(kept.get("overlap_s", 0), kept.get("idle_s"), kept.get("reason"), patience_s)
+        return cls(kept.get("overlap_s", 0), kept.get("idle_s"), kept.get("reason"), kept.get("message"), patience_s)
 
 
 class Operations:
@@ -100,9 +112,13 @@ class Operations:
                     case Operation.SLEEP:
                         return await self._sleep(lease, parameters)
                     case Operation.UNLOAD:
-                        return await self._stop(lease, metadata={"unloaded": True})
+                        return await self._stop(lease, metadata={"unloaded": True}, unloaded=True)
                     case Operation.STOP:
                         return await self._stop(lease)
+                    case Operation.FAIL:
+                        return await self._fail_running(lease, parameters)
+                    case Operation.REPAIR:
+                        return await self._repair(lease, parameters, slot_taken)
                     case Operation.ROTATE_KEY:
                         return await self._rotate_key(lease, parameters, slot_taken)
                     case Operation.DESTROY:
@@ -127,7 +143,7 @@ class Operations:
             raise defect from error
 
     async def _finish(self, lease: Lease, end: Finish) -> Engine:
-        ended = await self._means.persist(lambda: self._means.registry.engines.finish(lease.engine, end))
+        ended = await self._means.finish(lease.engine, end)
         return lease.update(ended, refused_for=Interruption.LOST if ended else await self._why_refused(lease))
 
     async def _why_refused(self, lease: Lease) -> Interruption:
@@ -148,7 +164,7 @@ class Operations:
             delay_s = min(RETRY_S, self._means.settings.lease_s)
             await self._means.registry.engines.requeue(engine, error_record(error), delay_s)
             return
-        metadata = {"operation": engine.operation, "code": error.code, "message": error.message}
+        metadata: dict[str, object] = {"operation": engine.operation, "code": error.code, "message": error.message}
         if isinstance(error, PortExhaustion) and row.operation is Operation.PROVISION and not engine.ever_healthy:
             # As when no port is found to begin with: no row is left, nor what `create` may have made.
             await self._attempt(lease, "destroy", lambda backend: backend.destroy(engine.id))
@@ -161,6 +177,13 @@ class Operations:
         back = row.failure is None or (unavailable and engine.ever_healthy)
         status = former if back else State.FAILED
         action = None if back else row.failure_action
+        refund = row.operation is Operation.RESTART and back
+        then, restart_in_s = Then.KEEP, None
+        if not back or (refund and status is State.FAILED):
+            then, restart_in_s = self._means.after_failure(engine, refund=refund)
+        lines = [] if back else await self._last_lines(lease)
+        if lines:
+            metadata |= {"log": lines}
         if status in (State.FAILED, State.STOPPED):
             # Also after a call without an answer, which may have had its effect.
             await self._attempt(lease, "stop", lambda backend: backend.stop(engine.id, FAILED_STOP_GRACE_S))
@@ -182,6 +205,10 @@ class Operations:
                 metadata=metadata,
                 error=error_record(error),
                 answers_wish="wake" if row.operation is Operation.SLEEP else None,
+                then=then,
+                restart_in_s=restart_in_s,
+                refund=refund,
+                last_log=lines or None,
             ),
         )
 
@@ -233,12 +260,20 @@ class Operations:
 
     # --- down -----------------------------------------------------------------------------------------
 
-    async def _stop(self, lease: Lease, metadata: dict[str, bool] | None = None) -> Engine:
+    async def _stop(self, lease: Lease, metadata: dict[str, bool] | None = None, *, unloaded: bool = False) -> Engine:
         engine = lease.engine
         row = TRANSITIONS[Operation(engine.operation or "")]
         await self._means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
         assert row.success is not None
-        return await self._finish(lease, Finish(status=row.success, action=row.success_action, metadata=metadata))
+        return await self._finish(
+            lease,
+            Finish(
+                status=row.success,
+                action=row.success_action,
+                metadata=metadata,
+                unloaded=unloaded,
+            ),
+        )
 
     async def _sleep(self, lease: Lease, parameters: Parameters) -> Engine:
         """The state is `sleeping` since the claim, so admits take the wake path; a wake that arrives wins."""
@@ -256,6 +291,16 @@ class Operations:
         health = await means.http.health(engine.url, means.settings.health_check_timeout_s)
         in_flight = health.activity.in_flight if health.activity is not None else 0
         unknown = not health.ok or (health.reports_activity and health.activity is None)
+        if parameters.idle_s is not None:
+            idle_s = await means.registry.idle.idle_for_s(engine.id)
+            active_ago_s = 0.0 if unknown or in_flight else None
+            if active_ago_s is None and health.activity is not None:
+                active_ago_s = health.activity.idle_seconds
+            if idle_s < parameters.idle_s or (active_ago_s is not None and active_ago_s < parameters.idle_s):
+                # It has worked since, or the clock has jumped: nobody but the engine itself knows how long it rests.
+                return await self._finish(
+                    lease, Finish(status=State.RUNNING, answers_wish="wake", active_ago_s=active_ago_s)
+                )
         if unknown or in_flight > 0:
             # A failed probe, or impossible values, count as busy.
             raise EngineBusy(
@@ -272,8 +317,8 @@ class Operations:
             await means.act(lease, lambda backend: backend.freeze(engine.id))
         else:
             await means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
-        end = Finish(status=State.SLEEPING, action="sleep", metadata={"frozen": frozen})
-        slept = await means.persist(lambda: means.registry.engines.finish(engine, end))
+        end = Finish(status=State.SLEEPING, action="sleep", metadata={"frozen": frozen}, unloaded=not frozen)
+        slept = await means.finish(engine, end)
         if slept is not None:
             return lease.update(slept)
         now = await means.registry.engines.by_id(engine.id)
@@ -285,10 +330,112 @@ class Operations:
         means, engine = self._means, lease.engine
         if stopped:
             # Stay asleep, the wake starts it.
-            return await self._finish(lease, Finish(status=State.SLEEPING, action="sleep", answers_wish="wake"))
+            return await self._finish(
+                lease, Finish(status=State.SLEEPING, action="sleep", answers_wish="wake", unloaded=True)
+            )
         if means.backend.capabilities.freeze:
             await means.act(lease, lambda backend: backend.thaw(engine.id))
         return await self._finish(lease, Finish(status=State.RUNNING, answers_wish="wake"))
+
+    # --- what the loops have found -----------------------------------------------------------------------
+
+    async def _fail_running(self, lease: Lease, parameters: Parameters) -> Engine:
+        """A running engine is not well: keep its last words, stop it, and say when it is restarted."""
+        means, engine = self._means, lease.engine
+        assert engine.url is not None
+        if parameters.reason == "unhealthy":
+            health = await means.http.health(engine.url, means.settings.health_check_timeout_s)
+            if health.ok:  # it has come back since the verdict
+                return await self._finish(lease, Finish(status=State.RUNNING))
+        lines = await self._last_lines(lease)
+        await means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
+        failure = EngineFailed(
+            engine.user_id, parameters.reason or "unhealthy", parameters.message or "it is not well."
+        )
+        then, restart_in_s = means.after_failure(engine)
+        metadata: dict[str, object] = {"reason": failure.reason, "message": parameters.message}
+        return await self._finish(
+            lease,
+            Finish(
+                status=State.FAILED,
+                action="health_failed",
+                metadata=metadata | ({"log": lines} if lines else {}),
+                error=error_record(failure),
+                then=then,
+                restart_in_s=restart_in_s,
+                last_log=lines or None,
+            ),
+        )
+
+    async def _last_lines(self, lease: Lease) -> list[str]:
+        """What a dead engine said last; pass-through values are cut out. Empty when it cannot be had soon."""
+        means, engine_id = self._means, lease.engine.id
+        if not means.backend.capabilities.logs:
+            return []
+
+        async def read(backend: EngineBackend) -> list[str]:
+            lines = backend.logs(engine_id, tail=LAST_LINES)
+            return [line.line[:LAST_LINE_CHARS] async for line in lines]
+
+        try:
+            async with asyncio.timeout(LAST_LINES_S):
+                return [means.without_secrets(line) for line in (await means.act(lease, read))[-LAST_LINES:]]
+        except (BackendError, TimeoutError) as error:
+            log.info("no_last_lines", engine_id=str(engine_id), error=type(error).__name__)
+            return []
+
+    async def _repair(self, lease: Lease, parameters: Parameters, slot_taken: asyncio.Event) -> Engine:
+        """Make the object what its row says; or the row what the object is, where that is safer."""
+        means, engine = self._means, lease.engine
+        state = State(engine.status)
+        found = await means.act(lease, lambda backend: backend.find(engine.id))
+        slot_taken.set()
+        end = Finish(status=state, action="reconcile_adopt", metadata={"reason": parameters.reason})
+        if found is None or found.state is ObjectState.EXITED:
+            return await self._finish(lease, replace(end, action=None, answers_wish="wake"))
+        if state in (State.STOPPED, State.FAILED):
+            await means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
+            return await self._finish(lease, end)
+        if state is State.RUNNING:
+            if found.state is not ObjectState.FROZEN:
+                return await self._finish(lease, replace(end, action=None))
+            await means.act(lease, lambda backend: backend.thaw(engine.id))
+            return await self._finish(lease, end)
+        if found.state is ObjectState.FROZEN:
+            return await self._finish(lease, replace(end, action=None))
+        return await self._back_to_sleep(lease, end)
+
+    async def _back_to_sleep(self, lease: Lease, end: Finish) -> Engine:
+        """An engine that should sleep and runs: frozen again when it is idle, else it is running."""
+        means, engine = self._means, lease.engine
+        try:
+            booted = await boot(means, lease, slot_taken=asyncio.Event())
+        except (BootTimeout, EngineFailed):
+            # Nobody knows what it does: it gets the time to end in order, and wakes by a start.
+            await means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
+            return await self._finish(lease, replace(end, unloaded=True))
+        assert engine.url is not None
+        idle = means.backend.capabilities.freeze and not lease.wake_wished.is_set()
+        for pause_s in (THAWED_IDLE_S, 0):
+            # What came while it was frozen is only now being read from its socket.
+            health = await means.http.health(engine.url, means.settings.health_check_timeout_s)
+            activity = health.activity
+            busy = not health.ok or (health.reports_activity and activity is None)
+            if busy or (activity is not None and (activity.in_flight > 0 or activity.idle_seconds < pause_s)):
+                idle = False
+            if not idle or await happens_within(lease.wake_wished, pause_s):
+                return await self._finish(
+                    lease,
+                    replace(
+                        end,
+                        status=State.RUNNING,
+                        healthy=True,
+                        answers_wish="wake",
+                        applied_generation=booted.applied_generation,
+                    ),
+                )
+        await means.act(lease, lambda backend: backend.freeze(engine.id))
+        return await self._finish(lease, replace(end, applied_generation=booted.applied_generation))
 
     # --- keys -----------------------------------------------------------------------------------------
 
@@ -340,9 +487,17 @@ class Operations:
             # The key is in force all the same: a leaked one must be revocable.
             engine_id = lease.engine.id
             await self._attempt(lease, "stop", lambda backend: backend.stop(engine_id, FAILED_STOP_GRACE_S))
+            then, restart_in_s = self._means.after_failure(lease.engine)
             await self._finish(
                 lease,
-                replace(end, status=State.FAILED, error=error_record(error), metadata=metadata),
+                replace(
+                    end,
+                    status=State.FAILED,
+                    error=error_record(error),
+                    metadata=metadata,
+                    then=then,
+                    restart_in_s=restart_in_s,
+                ),
             )
             return lease.engine
         return await self._finish(

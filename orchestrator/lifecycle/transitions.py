@@ -36,6 +36,8 @@ class Operation(StrEnum):
     WAKE = "wake"
     RECOVER = "recover"
     RESTART = "restart"
+    FAIL = "fail"
+    REPAIR = "repair"
     SLEEP = "sleep"
     UNLOAD = "unload"
     STOP = "stop"
@@ -164,11 +166,34 @@ TRANSITIONS: Final[Mapping[Operation, Transition]] = {
             _S.PROVISIONING,
             _S.RUNNING,
             _S.FAILED,
-            trigger="a running engine whose object is gone; the health loop",
+            trigger="a failed engine whose back-off is over; a running one whose object is gone",
             deadline="boot",
             after_deadline="failed, object stopped; the next restart follows with back-off",
             success_action="auto_restart_success",
             failure_action="auto_restart_failed",
+        ),
+        _row(
+            Operation.FAIL,
+            {_S.RUNNING},
+            _S.FAILED,
+            _S.FAILED,
+            _S.FAILED,
+            trigger="probes that fail, an exit that nothing mends, an object that exits again and again",
+            deadline="stop",
+            after_deadline="failed; the reconcile loop stops the object",
+            success_action="health_failed",
+            failure_action="health_failed",
+        ),
+        _row(
+            Operation.REPAIR,
+            {_S.RUNNING, _S.SLEEPING, _S.STOPPED, _S.FAILED},
+            None,
+            None,
+            None,
+            trigger="an object that is not as its row says: a late call, somebody's hand, a daemon that was restarted",
+            deadline="boot",
+            after_deadline="the former state; the next reconcile tries again",
+            success_action="reconcile_adopt",
         ),
         _row(
             Operation.SLEEP,

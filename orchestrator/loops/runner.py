@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.events import wait_briefly
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,6 +32,15 @@ class Loop:
     round: Callable[[], Awaitable[object]]
     last_success: float = field(default_factory=time.monotonic)
     failing: str | None = None
+    _now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def run_now(self) -> None:
+        """Do not wait for the next turn: something has happened. Any number of calls make one round."""
+        self._now.set()
+
+    async def wait(self) -> None:
+        delay_s = self.interval_s * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, not a secret
+        await wait_briefly(self._now, delay_s)
 
     @property
     def is_stale(self) -> bool:
@@ -69,4 +79,4 @@ class LoopRunner:
                     log.info("loop_recovered", loop=loop.name)
                 loop.failing = None
                 loop.last_success = time.monotonic()
-            await asyncio.sleep(loop.interval_s * random.uniform(0.9, 1.1))  # noqa: S311 - jitter, not a secret
+            await loop.wait()

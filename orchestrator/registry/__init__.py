@@ -9,6 +9,9 @@ from orchestrator.registry.audit import AuditRegistry
 from orchestrator.registry.database import sql
 from orchestrator.registry.engines import EngineRegistry
 from orchestrator.registry.fleet import FleetRegistry
+from orchestrator.registry.health import HealthRegistry
+from orchestrator.registry.idle import IdleRegistry
+from orchestrator.registry.orphans import OrphanRegistry
 from orchestrator.registry.products import ProductRegistry
 from orchestrator.registry.rate import RateRegistry
 
@@ -31,6 +34,9 @@ class Registry:
         self.audit = AuditRegistry(database)
         self.fleet = FleetRegistry(database)
         self.admissions = AdmissionRegistry(database)
+        self.health = HealthRegistry(database)
+        self.idle = IdleRegistry(database)
+        self.orphans = OrphanRegistry(database)
 
     async def deployment_id(self) -> UUID:
         """The mark of ownership that the first migration made."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["EngineRegistry", "Finish", "Inserted", "NewEngine"]
+__all__ = ["EngineRegistry", "Finish", "Inserted", "NewEngine", "Then"]
 
 
 class Inserted(StrEnum):
@@ -54,6 +54,15 @@ class NewEngine:
     idempotency: tuple[str, str] | None  # (key, hash of the body)
 
 
+class Then(StrEnum):
+    """What follows an end in `failed`."""
+
+    KEEP = "keep"  # no failure, or one that changes nothing of what is to follow
+    RESTART = "restart"  # by itself, after `restart_in_s`
+    GIVE_UP = "give_up"  # not until somebody asks for it
+    NOTHING = "nothing"  # not restarted by itself: it never was healthy
+
+
 @dataclass(frozen=True, slots=True)
 class Finish:
     """The end of an operation; written with its audit row in one statement."""
@@ -67,6 +76,12 @@ class Finish:
     applied_generation: int | None = None
     key_generation: int | None = None
     answers_wish: str | None = None
+    active_ago_s: float | None = None  # since the last work that the engine has told of
+    then: Then = Then.KEEP
+    restart_in_s: float | None = None
+    refund: bool = False  # the attempt did not come to anything, and does not count
+    unloaded: bool = False  # asleep, and its process has ended
+    last_log: list[str] | None = None
 
 
 INSERT_TIMEOUT_S = 10.0  # other processes may be inserting for the same product
@@ -155,9 +170,9 @@ class EngineRegistry:
         """From the key that the engine has to the newest one."""
         return [EngineKey(**dict(row)) for row in await self._database.fetch(sql("engine_keys"), engine_id)]
 
-    async def here(self, location_id: UUID) -> list[asyncpg.Record]:
-        """A narrow row for every engine of this location."""
-        return await self._database.fetch(sql("engines_here"), location_id, timeout_s=10)
+    async def here(self, location_id: UUID, engine_id: UUID | None = None) -> list[asyncpg.Record]:
+        """A narrow row for every engine of this location, or for one of them."""
+        return await self._database.fetch(sql("engines_here"), location_id, engine_id, timeout_s=10)
 
     async def master_key_ids(self) -> set[str]:
         """Under which master keys the engines' keys are stored."""
@@ -165,9 +180,6 @@ class EngineRegistry:
 
     async def locations(self) -> set[UUID]:
         return {row["location_id"] for row in await self._database.fetch(sql("locations"))}
-
-    async def has_tombstone(self, engine_id: UUID) -> bool:
-        return await self._database.fetchval(sql("tombstone"), engine_id) is not None
 
     # --- leases ---------------------------------------------------------------------------------------
 
@@ -286,7 +298,7 @@ class EngineRegistry:
             timeout_s=5,
         )
 
-    async def finish(self, engine: Engine, end: Finish) -> Engine | None:
+    async def finish(self, engine: Engine, end: Finish, *, probe_interval_s: float) -> Engine | None:
         """End the operation with its audit row; None when the lease is lost or a stronger wish has arrived."""
         row = await self._database.fetchrow(
             sql("finish"),
@@ -301,6 +313,13 @@ class EngineRegistry:
             end.answers_wish,
             end.action,
             end.metadata or {},
+            end.active_ago_s,
+            end.then.value,
+            end.restart_in_s,
+            probe_interval_s,
+            int(end.refund),
+            end.unloaded,
+            end.last_log,
             timeout_s=5,
         )
         return None if row is None else Engine.of(row)

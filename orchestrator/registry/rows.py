@@ -91,7 +91,9 @@ class Engine:
     first_healthy_at: datetime | None
     last_health_at: datetime | None
     boot_duration_ms: int | None
+    restart_attempt: int
     restart_ended_at: datetime | None
+    next_restart_at: datetime | None
     restart_parked_until: datetime | None
     keep_alive_until: datetime | None
 

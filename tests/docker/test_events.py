@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from orchestrator.backends.docker_events import BackendEvent, EventKind
+from orchestrator.backends.base import BackendEvent, EventKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

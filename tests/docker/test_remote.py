@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from orchestrator.backends.docker_events import EventKind
+from orchestrator.backends.base import EventKind
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError
 from tests.docker.daemon import missing, require_docker
 from tests.docker.harness import DockerHarness

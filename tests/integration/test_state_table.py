@@ -46,7 +46,7 @@ GONE = "destroyed"
 
 @pytest.fixture
 def variables(variables: dict[str, str]) -> dict[str, str]:
-    return variables | PASSTHROUGH | {"ORCH_RESTART_BACKOFF_BASE_S": "0.001"}
+    return variables | PASSTHROUGH | {"ORCH_RESTART_BACKOFF_BASE_S": "200"}
 
 
 async def check(api: Api, call: str, answer: Answer, expected: tuple[Any, str | None]) -> None:
@@ -148,9 +148,16 @@ async def test_stopped(api: Api) -> None:
     )
 
 
+async def back_off_is_over(served: Served) -> None:
+    """An admit may wake a failed engine again; the loops would restart it by themselves only much later."""
+    async with served.plane.database.transaction() as connection:
+        await connection.execute("UPDATE engines SET restart_ended_at = now() - interval '1 hour'")
+
+
 async def test_failed_after_it_was_healthy(api: Api, served: Served) -> None:
     await provision_all(api)
     await asyncio.gather(*(fail(served.deployment, api, call) for call in CALLS))
+    await back_off_is_over(served)
     await check_all(
         api,
         {
@@ -286,6 +293,7 @@ async def test_absent(api: Api) -> None:
 async def test_a_failed_engine_is_not_woken_within_the_back_off(api: Api, served: Served) -> None:
     await api.provision("ann")
     await fail(served.deployment, api, "ann")
+    await back_off_is_over(served)
     async with served.plane.database.transaction() as connection:
         await connection.execute("UPDATE engines SET restart_parked_until = now() + interval '30 s'")
     answer = await CALLS["admit-wake"](api, "ann")

@@ -89,4 +89,4 @@ def test_every_state_can_be_left_and_destroyed() -> None:
 def test_only_stopped_waits_for_a_person() -> None:
     """Whatever ends a stop is asked for: nothing but `start`, `destroy` (and another stop) leads out of it."""
     out = {operation for operation, row in TRANSITIONS.items() if State.STOPPED in row.sources}
-    assert out == {Operation.START, Operation.ROTATE_KEY, Operation.DESTROY}
+    assert out == {Operation.START, Operation.ROTATE_KEY, Operation.REPAIR, Operation.DESTROY}

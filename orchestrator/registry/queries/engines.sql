@@ -85,6 +85,10 @@ WITH claimed AS (
         wish_at = NULL,
         wish_actor = NULL,
         last_error = NULL,
+        -- An attempt counts from its beginning; whoever asks for the engine begins anew.
+        restart_attempt = CASE $5 WHEN 'restart' THEN restart_attempt + 1
+                                  WHEN 'start' THEN 0 WHEN 'recover' THEN 0 WHEN 'wake' THEN 0
+                                  ELSE restart_attempt END,
         engine_version = coalesce($10, engine_version)
     WHERE id = $1
       AND status = ANY ($2::text[])
@@ -151,7 +155,7 @@ WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING *
 
 -- name: record_endpoint
-UPDATE engines SET host = $3, endpoint_port = $4, container_id = $5,
+UPDATE engines SET host = $3, endpoint_port = $4, container_id = $5, restarts_seen = 0,
                    deadline_at = now() + make_interval(secs => $6)
 WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING *
@@ -183,12 +187,27 @@ WITH done AS (
         first_healthy_at = CASE WHEN $5 THEN coalesce(first_healthy_at, now()) ELSE first_healthy_at END,
         last_health_at = CASE WHEN $5 THEN now() ELSE last_health_at END,
         running_since = CASE WHEN $5 THEN now() WHEN $3 = 'running' THEN running_since END,
+        healthy_since = CASE WHEN $5 THEN now() WHEN $3 = 'running' THEN healthy_since END,
         consecutive_failures = CASE WHEN $5 THEN 0 ELSE consecutive_failures END,
+        restarted_at = CASE WHEN $5 THEN '{}' ELSE restarted_at END,
+        exited_seen_at = NULL,
+        next_probe_at = CASE WHEN $5 THEN next_probe(id, $15) ELSE next_probe_at END,
+        last_active_at = CASE WHEN $12::double precision IS NULL THEN last_active_at
+                              ELSE now() - make_interval(secs => $12) END,
         boot_duration_ms = coalesce($6, boot_duration_ms),
         applied_generation = coalesce($7, applied_generation),
         key_generation = greatest(key_generation, coalesce($8, 0)),
-        restart_ended_at = CASE WHEN $3 = 'failed' THEN now() ELSE restart_ended_at END,
-        slept_at = CASE WHEN $3 = 'sleeping' THEN coalesce(slept_at, now()) END
+        -- $13: what follows a failure; 'keep' where this end is none.
+        restart_ended_at = CASE WHEN $13 <> 'keep' THEN now() ELSE restart_ended_at END,
+        next_restart_at = CASE WHEN $3 <> 'failed' THEN NULL
+                               WHEN $13 = 'restart' THEN now() + make_interval(secs => $14)
+                               WHEN $13 = 'keep' THEN next_restart_at END,
+        gave_up_at = CASE WHEN $3 <> 'failed' THEN NULL WHEN $13 = 'give_up' THEN now()
+                          WHEN $13 = 'keep' THEN gave_up_at END,
+        restart_attempt = greatest(0, restart_attempt - $16::integer),
+        slept_at = CASE WHEN $3 = 'sleeping' THEN coalesce(slept_at, now()) END,
+        unloaded_at = CASE WHEN $3 = 'sleeping' THEN CASE WHEN $17 THEN now() ELSE unloaded_at END END,
+        last_log = coalesce($18, last_log)
     WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL AND (wish IS NULL OR wish = $9)
     RETURNING *
 ), logged AS (
@@ -196,6 +215,10 @@ WITH done AS (
     SELECT operation_started_at, product_id, user_id, id, $10::text, operation_actor, $3, $11,
            (extract(epoch FROM clock_timestamp() - operation_started_at) * 1000)::integer
     FROM done WHERE $10::text IS NOT NULL
+), gave_up AS (
+    INSERT INTO audit_log (product_id, user_id, engine_id, action, status, metadata)
+    SELECT product_id, user_id, id, 'auto_restart_gave_up', $3, jsonb_build_object('attempts', restart_attempt)
+    FROM done WHERE $13 = 'give_up'
 ), unneeded_keys AS (
     -- Older than the engine's own. A newer one stays, whatever failed: the engine may have heard of it.
     DELETE FROM engine_keys k USING done WHERE k.engine_id = done.id AND k.generation < done.applied_generation
@@ -248,14 +271,12 @@ SELECT id, pg_notify('orchestrator_engine', id::text) FROM gone
 -- name: last_rotation
 SELECT metadata FROM audit_log WHERE engine_id = $1 AND action = 'rotate_key' ORDER BY id DESC LIMIT 1
 
--- name: tombstone
-SELECT engine_id FROM tombstones WHERE engine_id = $1
-
 -- name: restart_wait
 -- Seconds until an admit may restart a failed engine: after the last attempt, and while restarts are parked.
 SELECT greatest(0,
     CASE WHEN restart_ended_at <= now() THEN extract(epoch FROM restart_ended_at + make_interval(secs => $2) - now()) END,
-    extract(epoch FROM restart_parked_until - now()))::double precision
+    CASE WHEN restart_parked_until <= now() + interval '61 s' THEN extract(epoch FROM restart_parked_until - now()) END
+)::double precision
 FROM engines WHERE id = $1
 
 -- name: set_keep_alive
@@ -264,8 +285,8 @@ WHERE id = $1 AND status = ANY ($2::text[])
 RETURNING *
 
 -- name: engines_here
-SELECT id, product_id, user_id, status, operation, lease_generation, incarnation, container_id, first_healthy_at
-FROM engines WHERE location_id = $1
+SELECT id, product_id, user_id, status, operation, wish, lease_generation, incarnation, container_id, first_healthy_at
+FROM engines WHERE location_id = $1 AND ($2::uuid IS NULL OR id = $2)
 
 -- name: locations
 SELECT DISTINCT location_id FROM engines
