@@ -177,11 +177,18 @@ class ProductFleet(BaseModel):
     by_status: dict[str, int]
 
 
+class Restarts(BaseModel):
+    pending: int = Field(description="failed engines that are restarted when their back-off is over")
+    parked: int = Field(description="failed engines whose restart waits for the end of an outage")
+    gave_up: int = Field(description="failed engines that wait for `recover`, `start` or `admit`")
+
+
 class FleetAnswer(BaseModel):
     total: int
     by_status: dict[str, int]
     health: str = Field(description="`ok`: none failed; `critical`: at least 25 % failed; else `degraded`")
     unhealthy_count: int
+    restarts: Restarts
     products: list[ProductFleet] | None = Field(None, description="only for the admin key over all products")
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator import __version__
+from orchestrator.cli.reconcile import reconcile
 from orchestrator.errors import OrchestratorError
 
 __all__ = ["app", "main"]
@@ -139,6 +140,9 @@ def config() -> None:
             f"[cyan]{name}[/]", _escaped(value) or "[dim]–[/]", f"[dim]{_escaped(field.description or '')}[/]"
         )
     out.print(table)
+
+
+app.command(name="reconcile")(reconcile)
 
 
 @audit_app.command()

@@ -416,12 +416,12 @@ class Operations:
             return await self._finish(lease, replace(end, unloaded=True))
         assert engine.url is not None
         idle = means.backend.capabilities.freeze and not lease.wake_wished.is_set()
-        for pause_s in (THAWED_IDLE_S, 0):
-            # What came while it was frozen is only now being read from its socket.
+        for at_rest_s, pause_s in ((0, THAWED_IDLE_S), (THAWED_IDLE_S, 0)):
+            # What came while it was frozen is only now being read from its socket: it must rest between two looks.
             health = await means.http.health(engine.url, means.settings.health_check_timeout_s)
             activity = health.activity
             busy = not health.ok or (health.reports_activity and activity is None)
-            if busy or (activity is not None and (activity.in_flight > 0 or activity.idle_seconds < pause_s)):
+            if busy or (activity is not None and (activity.in_flight > 0 or activity.idle_seconds < at_rest_s)):
                 idle = False
             if not idle or await happens_within(lease.wake_wished, pause_s):
                 return await self._finish(

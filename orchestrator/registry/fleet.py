@@ -32,6 +32,12 @@ class FleetRegistry:
         """Rows of `(product_id, status, engines)`."""
         return await self._database.fetch(sql("count_by_status"), product_id)
 
+    async def restarts(self, product_id: UUID | None) -> asyncpg.Record:
+        """How many failed engines are `pending`, `parked` by an outage, or `gave_up`."""
+        row = await self._database.fetchrow(sql("restarts"), product_id)
+        assert row is not None  # aggregates always give a row
+        return row
+
     async def metrics(self, product_id: UUID | None) -> asyncpg.Record:
         row = await self._database.fetchrow(sql("metrics"), product_id)
         assert row is not None  # aggregates always give a row

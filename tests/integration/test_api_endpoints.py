@@ -305,7 +305,14 @@ async def test_list_pages_filters_and_shows_no_key(served: Served, api: Api) -> 
 
 
 async def test_status(served: Served, api: Api) -> None:
-    nothing = {"total": 0, "by_status": dict.fromkeys(STATES, 0), "health": "ok", "unhealthy_count": 0}
+    restarts = {"pending": 0, "parked": 0, "gave_up": 0}
+    nothing = {
+        "total": 0,
+        "by_status": dict.fromkeys(STATES, 0),
+        "health": "ok",
+        "unhealthy_count": 0,
+        "restarts": restarts,
+    }
     assert await api.get("/status") == (200, nothing)
     product = await product_id(api)
     for number in range(3):
@@ -313,7 +320,7 @@ async def test_status(served: Served, api: Api) -> None:
     assert (await api.get("/status"))[1]["health"] == "ok"
     await put_engine(served, product, "failed-0", "failed")
     status, body = await api.get("/status")
-    assert (status, set(body)) == (200, {"total", "by_status", "health", "unhealthy_count"})
+    assert (status, set(body)) == (200, {"total", "by_status", "health", "unhealthy_count", "restarts"})
     assert (body["total"], body["by_status"]["running"], body["by_status"]["failed"]) == (4, 3, 1)
     assert (body["health"], body["unhealthy_count"]) == ("critical", 1), "one of four is 25 %"
     await put_engine(served, product, "sleeping-0", "sleeping")

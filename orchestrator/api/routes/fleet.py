@@ -11,7 +11,15 @@ from starlette.responses import Response
 from orchestrator.api.auth import plane_of, product_or_all
 from orchestrator.api.errors import BY_PRODUCTS, errors
 from orchestrator.api.http import answer, dumps
-from orchestrator.api.models import FleetAnswer, ListAnswer, MetricsAnswer, Percentiles, ProductFleet, timestamp
+from orchestrator.api.models import (
+    FleetAnswer,
+    ListAnswer,
+    MetricsAnswer,
+    Percentiles,
+    ProductFleet,
+    Restarts,
+    timestamp,
+)
 from orchestrator.errors import InvalidRequest
 from orchestrator.lifecycle import State
 from orchestrator.registry.rows import engine_url
@@ -83,7 +91,10 @@ async def list_engines(request: Request) -> Response:
 )
 async def status(request: Request) -> Response:
     caller = await product_or_all(request, "read")
-    rows = await plane_of(request).registry.fleet.by_status(None if caller is None else caller.product_id)
+    fleet_registry = plane_of(request).registry.fleet
+    scope = None if caller is None else caller.product_id
+    rows = await fleet_registry.by_status(scope)
+    restarts = Restarts(**dict(await fleet_registry.restarts(scope)))
     per_product: defaultdict[UUID, dict[str, int]] = defaultdict(_no_engines)
     by_status = _no_engines()
     for row in rows:
@@ -97,7 +108,14 @@ async def status(request: Request) -> Response:
             ProductFleet(product_id=product_id, total=sum(counts.values()), by_status=counts)
             for product_id, counts in per_product.items()
         ]
-    fleet = FleetAnswer(total=total, by_status=by_status, health=health, unhealthy_count=failed, products=products)
+    fleet = FleetAnswer(
+        total=total,
+        by_status=by_status,
+        health=health,
+        unhealthy_count=failed,
+        restarts=restarts,
+        products=products,
+    )
     return answer(fleet, exclude_none={"products"})
 
 

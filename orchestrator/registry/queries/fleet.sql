@@ -14,6 +14,15 @@ SELECT product_id, status, count(*) AS engines FROM engines
 WHERE user_id IS NOT NULL AND ($1::uuid IS NULL OR product_id = $1)
 GROUP BY product_id, status
 
+-- name: restarts
+-- Failed engines by what is to follow: a restart, one that an outage has parked, or nothing by itself.
+SELECT count(*) FILTER (WHERE restart_parked_until > now() AND next_restart_at IS NOT NULL) AS parked,
+       count(*) FILTER (WHERE next_restart_at IS NOT NULL
+                          AND (restart_parked_until IS NULL OR restart_parked_until <= now())) AS pending,
+       count(*) FILTER (WHERE gave_up_at IS NOT NULL) AS gave_up
+FROM engines
+WHERE status = 'failed' AND user_id IS NOT NULL AND ($1::uuid IS NULL OR product_id = $1)
+
 -- name: metrics
 WITH last_hour AS (
     SELECT count(*) FILTER (WHERE action = 'provision') AS provisions,
