@@ -27,10 +27,12 @@ from orchestrator.loops.health import HealthLoop, RestartLoop
 from orchestrator.loops.idle import IdleLoop
 from orchestrator.loops.runner import Loop, LoopRunner
 from orchestrator.loops.watch import EventWatch
+from orchestrator.offboarding import Offboarding
 from orchestrator.policy import RateLimiter
 from orchestrator.registry import Registry
 from orchestrator.registry.database import Database
 from orchestrator.registry.migrations import migrate, require_migrated
+from orchestrator.rewrap import Rewrap
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -56,6 +58,7 @@ class ControlPlane:
     health: HealthLoop
     watch: EventWatch
     discovery: Discovery
+    offboarding: Offboarding
     backend: EngineBackend
     deployment_id: UUID
 
@@ -71,6 +74,7 @@ class ControlPlane:
         self.notifications = Notifications(settings.listen_url)
         self.activity = ActivityRecorder(self.registry)
         self.limiter = RateLimiter(self.registry.rate)
+        self.rewrap = Rewrap(self.registry.rewrap, self.keyring)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.keeper = LeaseKeeper(self.registry.engines, self.notifications, owner, settings.lease_s)
         self.loops = LoopRunner([])
@@ -106,6 +110,7 @@ class ControlPlane:
         self.lifecycle = Lifecycle(self.means, self.flights, self.notifications)
         self.healing = Healing(self.means, self.flights)
         self.discovery = Discovery(settings, self.registry, self.lifecycle, self.limiter, self.activity, self.keyring)
+        self.offboarding = Offboarding(self.registry, self.lifecycle)
         if loops:
             self._start_loops()
         log.info(
@@ -133,6 +138,8 @@ class ControlPlane:
                 Loop("activity", 0.5, self.activity.flush),
                 Loop("rate", 1, self.limiter.settle),
                 Loop("audit", 0.5, lambda: audit.sequence(self.registry.audit)),
+                Loop("rewrap", 1, self.rewrap.round),
+                Loop("offboarding", 5, self.offboarding.round),
                 Loop("housekeeping", 60, self._housekeeping),
             ]
         )
@@ -159,6 +166,8 @@ class ControlPlane:
         await self.loops.stop()
         if hasattr(self, "health"):
             await self.health.stop()
+        if hasattr(self, "offboarding"):
+            await self.offboarding.close()
         if hasattr(self, "flights"):  # else it was never wholly open, and there is nothing to hand over or write
             await self.flights.drain(DRAIN_S)
             try:

@@ -3,9 +3,9 @@
     OrchestratorError
       InvalidPlatformKey  InvalidAdminKey  PolicyDenied
       InvalidRequest  PayloadTooLarge  IdempotencyConflict
-      NotFound  ProductNotFound  EngineNotFound  MethodNotAllowed  …
-      ProductSlugExists  EngineAlreadyExists  EngineAlreadyRunning  EngineNotRunning  EngineBusy
-      QuotaExceeded  RateLimited  PortExhaustion  QueueTimeout
+      NotFound  ProductNotFound  EngineNotFound  KeyNotFound  WebhookNotFound  MethodNotAllowed  …
+      ProductSlugExists  ProductNotEmpty  EngineAlreadyExists  EngineAlreadyRunning  EngineNotRunning  EngineBusy
+      QuotaExceeded  TooMany  RateLimited  PortExhaustion  QueueTimeout
       BootTimeout  WaitTimeout
       DatabaseUnavailable
       BackendError
@@ -122,6 +122,30 @@ class ProductSlugExists(OrchestratorError):
         super().__init__(f"The slug '{slug}' is taken; choose another.", details={"slug": slug})
 
 
+class ProductNotEmpty(OrchestratorError):
+    code = "PRODUCT_NOT_EMPTY"
+
+    def __init__(self, engines: int) -> None:
+        super().__init__(
+            f"The product has {engines} engines; destroy them, or delete it with force=true.",
+            details={"engines": engines},
+        )
+
+
+class KeyNotFound(OrchestratorError):
+    code = "KEY_NOT_FOUND"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"No platform key '{key_id}' of this product.")
+
+
+class WebhookNotFound(OrchestratorError):
+    code = "WEBHOOK_NOT_FOUND"
+
+    def __init__(self, webhook_id: str) -> None:
+        super().__init__(f"No webhook '{webhook_id}'.")
+
+
 # --- the engine -----------------------------------------------------------------------------------------
 
 
@@ -193,6 +217,15 @@ class QuotaExceeded(OrchestratorError):
             details={"max_engines": max_engines},
             retry_after_s=60,
         )
+
+
+class TooMany(OrchestratorError):
+    """A product has as many of these as it may have; one must be removed first."""
+
+    code = "QUOTA_EXCEEDED"
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"A product has at most {limit} {what}; remove one first.", details={f"max_{what}": limit})
 
 
 class RateLimited(OrchestratorError):

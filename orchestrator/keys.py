@@ -55,6 +55,10 @@ class KeyRing:
         except (KeyError, InvalidToken):
             raise ConfigurationError(f"ORCH_MASTER_KEY lacks the key with id {master_key_id}.") from None
 
+    def rewrap(self, ciphertext: str, master_key_id: str) -> str:
+        """The same key under the current master key. Raises `ConfigurationError`."""
+        return self.encrypt(self._decrypt_uncached(ciphertext, master_key_id))[0]
+
     def require(self, master_key_ids: set[str]) -> None:
         """Raises `ConfigurationError` when a stored key could not be read."""
         missing = sorted(master_key_ids - set(self._by_id))

@@ -11,7 +11,7 @@ from orchestrator import __version__
 from orchestrator.api import errors
 from orchestrator.api.middleware import RequestMiddleware
 from orchestrator.api.openapi import describe
-from orchestrator.api.routes import admin, discovery, fleet, health, lifecycle
+from orchestrator.api.routes import admin, audit, discovery, fleet, health, keys, lifecycle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,8 +52,8 @@ def create_app(plane: ControlPlane, *, manage_plane: bool = False) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.plane = plane
-    for router in (health.router, lifecycle.router, discovery.router, fleet.router, admin.router):
-        app.include_router(router)
+    for routes in (health, lifecycle, discovery, fleet, audit, admin, keys):
+        app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(RequestMiddleware, admit=discovery.admit)
     describe(app)

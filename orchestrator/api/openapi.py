@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from orchestrator.api import models
+from orchestrator.api import admin_models, models
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -42,13 +42,15 @@ _BODIES = (
     models.KeepAliveRequest,
     models.RegisterRequest,
     models.PolicyRequest,
+    *admin_models.BODIES,
 )
 
 _TAGS = [
     {"name": "discovery", "description": "Which engine belongs to a user. `admit` is the call to make."},
     {"name": "lifecycle", "description": "Calls that change one engine."},
     {"name": "fleet", "description": "Many engines at once."},
-    {"name": "admin", "description": "Products and their policies."},
+    {"name": "audit", "description": "What happened, in order."},
+    {"name": "admin", "description": "Products, their policies and their keys."},
     {"name": "health", "description": "The orchestrator itself."},
 ]
 
@@ -85,7 +87,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             if path == "/health":
                 operation["security"] = []
-            elif path.startswith("/products"):
+            elif path.startswith(("/products", "/admin/")):
                 operation["security"] = [{"admin": []}]
             else:
                 operation["security"] = [{"platform": []}, {"admin": []}]

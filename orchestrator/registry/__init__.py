@@ -12,8 +12,10 @@ from orchestrator.registry.fleet import FleetRegistry
 from orchestrator.registry.health import HealthRegistry
 from orchestrator.registry.idle import IdleRegistry
 from orchestrator.registry.orphans import OrphanRegistry
+from orchestrator.registry.platform_keys import PlatformKeyRegistry
 from orchestrator.registry.products import ProductRegistry
 from orchestrator.registry.rate import RateRegistry
+from orchestrator.registry.rewrap import RewrapRegistry
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -29,10 +31,12 @@ class Registry:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.products = ProductRegistry(database)
+        self.platform_keys = PlatformKeyRegistry(database)
         self.engines = EngineRegistry(database)
         self.rate = RateRegistry(database)
         self.audit = AuditRegistry(database)
         self.fleet = FleetRegistry(database)
+        self.rewrap = RewrapRegistry(database)
         self.admissions = AdmissionRegistry(database)
         self.health = HealthRegistry(database)
         self.idle = IdleRegistry(database)

@@ -9,9 +9,12 @@ from orchestrator.registry.rows import AuditHead, AuditRow
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from datetime import datetime
     from uuid import UUID
 
 __all__ = ["AuditRegistry"]
+
+PAGE_TIMEOUT_S = 10.0  # a filter that few rows pass may have to look at many
 
 
 class AuditRegistry:
@@ -56,7 +59,9 @@ class AuditRegistry:
             if not rows:
                 return 0
             placed = place(head["seq"] if head else 0, head["hash"] if head else "", rows)
-            await connection.execute(sql("place_rows"), *(list(column) for column in zip(*placed, strict=True)))
+            columns = (list(column) for column in zip(*placed, strict=True))
+            last = await connection.fetchval(sql("take_positions"), len(placed))
+            await connection.execute(sql("place_rows"), *columns, last - len(placed))
             await connection.execute(sql("set_chain_head"), chain, placed[-1][1], placed[-1][3])
             return len(placed)
 
@@ -71,6 +76,33 @@ class AuditRegistry:
             for record in page:
                 yield AuditRow.of(record)
             after = page[-1]["seq"]
+
+    async def page(
+        self,
+        product_id: UUID | None,
+        *,
+        after: int | None,
+        limit: int,
+        newest_first: bool = False,
+        user_id: str | None = None,
+        action: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[AuditRow]:
+        """Sequenced rows in order: of one product's chain after (or, newest first, before) a `seq`; of all chains
+        after (or before) a `position`. `since` is inclusive, `until` is not."""
+        if after is None:
+            after = 2**63 - 1 if newest_first else 0
+        if product_id is None:
+            chain: tuple[str, ...] = ()
+            query = sql("audit_of_all_newest") if newest_first else sql("audit_of_all")
+        else:
+            chain = (str(product_id),)
+            query = sql("audit_of_chain_newest") if newest_first else sql("audit_of_chain")
+        async with self._database.transaction(timeout_s=PAGE_TIMEOUT_S) as connection:
+            await connection.execute(sql("custom_plans"))
+            rows = await connection.fetch(query, *chain, after, user_id, action, since, until, limit)
+        return [AuditRow.of(row) for row in rows]
 
     async def unsequenced(self) -> tuple[int, float]:
         """How many rows wait for their position, and the age of the oldest in seconds."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from orchestrator.errors import ProductNotEmpty, ProductNotFound
 from orchestrator.registry.database import Database, sql
 from orchestrator.registry.rows import Caller, Product
 
@@ -40,6 +41,39 @@ class ProductRegistry:
             if policy.get("rate_limit_rpm") != former["policy"].get("rate_limit_rpm"):
                 await _resize_rate(connection, product_id, policy)
             return True
+
+    async def listed(self) -> list[asyncpg.Record]:
+        """Rows of `(id, slug, display_name, policy, engines)`, in order of registration."""
+        return await self._database.fetch(sql("list_products"))
+
+    async def begin_delete(self, product_id: UUID, *, force: bool) -> None:
+        """Record that the product shall go: its keys are revoked and it takes no call any more.
+
+        Raises `ProductNotFound`, and `ProductNotEmpty` without `force` while it has engines. One that is being
+        deleted already is no error.
+        """
+        async with self._database.transaction(timeout_s=10) as connection:
+            row = await connection.fetchrow(sql("lock_product_to_delete"), product_id)
+            if row is None:
+                raise ProductNotFound(str(product_id))
+            if row["deleting_at"] is not None:
+                return
+            engines = await connection.fetchval(sql("count_engines"), product_id)
+            if engines and not force:
+                raise ProductNotEmpty(engines)
+            await connection.execute(sql("mark_product_deleting"), product_id)
+
+    async def deleting(self) -> list[UUID]:
+        """Products whose deletion is under way."""
+        return [row["id"] for row in await self._database.fetch(sql("deleting_products"))]
+
+    async def users(self, product_id: UUID, limit: int) -> list[str]:
+        """Up to `limit` users that have an engine."""
+        return [row["user_id"] for row in await self._database.fetch(sql("users_of_product"), product_id, limit)]
+
+    async def remove(self, product_id: UUID) -> bool:
+        """End a deletion; False while an engine is left."""
+        return await self._database.fetchval(sql("remove_product"), product_id) is not None
 
     async def by_id(self, product_id: UUID) -> Product | None:
         row = await self._database.fetchrow(sql("product_by_id"), product_id)

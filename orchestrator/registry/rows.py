@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["ALL_SCOPES", "NOBODY", "AuditHead", "AuditRow", "Caller", "Engine", "EngineKey", "Product"]
+__all__ = ["ALL_SCOPES", "NOBODY", "AuditHead", "AuditRow", "Caller", "Engine", "EngineKey", "PlatformKey", "Product"]
 
 NOBODY = "nobody"  # owns the lease of an operation that waits to be taken over
 ALL_SCOPES = frozenset({"read", "admit", "manage"})
@@ -44,6 +44,18 @@ class Product:
     id: UUID
     slug: str
     policy: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformKey:
+    """A platform key as it may be shown: never itself."""
+
+    id: UUID
+    product_id: UUID
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +155,7 @@ class AuditHead:
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """A row of `audit_log`; `seq` and the hashes are None until the sequencer has placed it."""
+    """A row of `audit_log`; `seq`, `position` and the hashes are None until the sequencer has placed it."""
 
     id: int
     timestamp: datetime
@@ -158,6 +170,7 @@ class AuditRow:
     seq: int | None = None
     prev_hash: str | None = None
     hash: str | None = None
+    position: int | None = None
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:

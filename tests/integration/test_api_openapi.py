@@ -31,6 +31,9 @@ PYTHON_TYPES: dict[str, Any] = {
 FORMATS: dict[str, Callable[[str], object]] = {"uuid": UUID, "date-time": datetime.fromisoformat}
 
 
+NOBODYS_ID = UUID("0a8f1f4e-98b8-4a35-9d3c-0e8f5f5a4c11")
+
+
 class Document:
     """Finds the operation of a call and compares its answer with what is documented."""
 
@@ -232,15 +235,32 @@ async def test_every_answer_is_as_documented(served: Served, api: Api, admin: Ap
     await call("GET", "/engines/ann/wait?status=running&timeout_s=0")
     await call("DELETE", "/engines/ann")
 
+    await call("GET", "/audit?limit=1")
+    await call("GET", "/audit?limit=0")
+    await as_admin("GET", "/audit?order=desc")
+    await as_admin("GET", "/products")
+    keys = f"/products/{api.headers['product_id']}/keys"
+    issued = await as_admin("POST", keys, {"scopes": ["read"], "expires_at": "2099-01-01T00:00:00Z"})
+    await as_admin("GET", keys)
+    await as_admin("DELETE", f"{keys}/{issued[1]['key_id']}")
+    await as_admin("DELETE", f"{keys}/{issued[1]['key_id']}")
+    await as_admin("POST", f"/products/{api.headers['product_id']}/rotate-platform-key")
+    await as_admin("POST", "/admin/rewrap-keys")
+    await as_admin("GET", "/admin/rewrap-keys")
+    await as_admin("DELETE", f"/products/{api.headers['product_id']}")
+    await as_admin("DELETE", f"/products/{api.headers['product_id']}?force=perhaps")
+    other = await as_admin("POST", "/products/register", {"slug": "short-lived", "display_name": "Short-lived"})
+    await as_admin("DELETE", f"/products/{other[1]['product_id']}?force=true")
+
     for method, template, operation in document.operations():
-        path = template.format(user_id="nobody", product_id="0a8f1f4e-98b8-4a35-9d3c-0e8f5f5a4c11")
+        path = re.sub(r"\{(\w+)_id\}", lambda found: "nobody" if found[1] == "user" else str(NOBODYS_ID), template)
         if template == "/health":
             continue
         await call(method.upper(), path, headers={"X-Platform-Key": "wrong"})
         await as_admin(method.upper(), path, headers={"X-Admin-Key": "wrong"})
         await call(method.upper(), path, content=b" " * (1024 * 1024 + 1))
         if "requestBody" in operation:
-            caller = as_admin if template.startswith("/products") else call
+            caller = as_admin if template.startswith(("/products", "/admin/")) else call
             await caller(method.upper(), path, {"extra": 1})
         if "platform" in operation["security"][0]:
             await as_admin(method.upper(), path, headers={"X-Product-Id": "nobody"})

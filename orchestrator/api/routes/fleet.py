@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from orchestrator.api.auth import plane_of, product_or_all
 from orchestrator.api.errors import BY_PRODUCTS, errors
-from orchestrator.api.http import answer, dumps
+from orchestrator.api.http import answer, dumps, parameter, query_integer
 from orchestrator.api.models import (
     FleetAnswer,
     ListAnswer,
@@ -33,19 +33,6 @@ COMMON = errors(*BY_PRODUCTS)
 MAX_OFFSET = 2**31 - 1
 
 
-def _integer(request: Request, name: str, default: int, low: int, high: int) -> int:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 10) or not low <= int(text) <= high:
-        raise InvalidRequest(name, f"an integer from {low} to {high}")
-    return int(text)
-
-
-def _parameter(name: str, schema: dict[str, object]) -> dict[str, object]:
-    return {"name": name, "in": "query", "required": False, "schema": schema}
-
-
 @router.get(
     "/engines",
     summary="List engines",
@@ -53,9 +40,9 @@ def _parameter(name: str, schema: dict[str, object]) -> dict[str, object]:
     responses={200: {"model": ListAnswer}, **errors("INVALID_REQUEST"), **COMMON},
     openapi_extra={
         "parameters": [
-            _parameter("status", {"type": "string", "enum": [state.value for state in State]}),
-            _parameter("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
-            _parameter("offset", {"type": "integer", "minimum": 0, "default": 0}),
+            parameter("status", {"type": "string", "enum": [state.value for state in State]}),
+            parameter("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
+            parameter("offset", {"type": "integer", "minimum": 0, "default": 0}),
         ]
     },
 )
@@ -64,8 +51,8 @@ async def list_engines(request: Request) -> Response:
     status = request.query_params.get("status")
     if status is not None and status not in set(State):
         raise InvalidRequest("status", f"one of {', '.join(State)}")
-    limit = _integer(request, "limit", 100, 1, 1000)
-    offset = _integer(request, "offset", 0, 0, MAX_OFFSET)
+    limit = query_integer(request, "limit", 100, 1, 1000)
+    offset = query_integer(request, "offset", 0, 0, MAX_OFFSET)
     product_id = None if caller is None else caller.product_id
     rows, total = await plane_of(request).registry.fleet.engines(product_id, status, limit, offset)
     engines = [

@@ -1,0 +1,107 @@
+"""Bodies of the calls of operators: products, platform keys, the audit log, re-encryption."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, StrictInt
+
+from orchestrator.api.models import Request, Timestamp
+
+__all__ = ["BODIES"]
+
+Scope = Literal["read", "admit", "manage"]
+
+
+def _without_doubles(scopes: list[Scope]) -> list[Scope]:
+    if len(set(scopes)) != len(scopes):
+        raise ValueError("names a scope twice")
+    return scopes
+
+
+class ListedProduct(BaseModel):
+    product_id: UUID
+    slug: str
+    display_name: str
+    policy: dict[str, Any]
+    engines: int
+
+
+class ProductsAnswer(BaseModel):
+    products: list[ListedProduct]
+
+
+class DeletedProduct(BaseModel):
+    product_id: UUID
+    status: str = Field(description="`deleted`; `deleting` while engines are still being destroyed, which goes on")
+
+
+class KeyRequest(Request):
+    scopes: Annotated[list[Scope], Field(min_length=1), AfterValidator(_without_doubles)] = Field(
+        description="`read`: GETs, without engine keys; `admit`: also engine keys, admit, keep-alive, wait; "
+        "`manage`: everything",
+        examples=[["admit"]],
+    )
+    expires_at: AwareDatetime | None = Field(None, description="with its zone; absent: never")
+
+
+class RotatePlatformKeyRequest(Request):
+    overlap_seconds: Annotated[StrictInt, Field(ge=0, le=86400)] = Field(
+        300, description="how long the keys that it replaces stay valid"
+    )
+
+
+class IssuedKey(BaseModel):
+    key_id: UUID
+    platform_api_key: str = Field(description="shown only here", examples=["pk-sept-…"])
+    scopes: list[str]
+    expires_at: Timestamp | None
+
+
+class ListedKey(BaseModel):
+    key_id: UUID
+    scopes: list[str]
+    created_at: Timestamp
+    expires_at: Timestamp | None
+    last_used_at: Timestamp | None = Field(description="to the minute")
+
+
+class KeysAnswer(BaseModel):
+    keys: list[ListedKey]
+
+
+class RevokedKey(BaseModel):
+    key_id: UUID
+    status: str = Field(examples=["revoked"])
+
+
+class RewrapAnswer(BaseModel):
+    status: str = Field(description="`idle`: keys wait for a POST; `running`; `done`: nothing is left to do")
+    total: int = Field(description="stored keys")
+    done: int = Field(description="of them under the current master key")
+    remaining: int
+
+
+class AuditEntry(BaseModel):
+    id: int
+    seq: int = Field(description="place in the product's chain, without a gap")
+    timestamp: Timestamp = Field(description="when the action began")
+    product_id: UUID | None = Field(None, description="only for the admin key over all products")
+    user_id: str | None
+    engine_id: UUID | None
+    action: str
+    actor: str = Field(description="`system`, `admin` or the product's slug")
+    status: str | None
+    metadata: dict[str, Any]
+    duration_ms: int | None
+    prev_hash: str
+    hash: str
+
+
+class AuditAnswer(BaseModel):
+    entries: list[AuditEntry]
+    next_cursor: str | None = Field(description="for the next page; null on the last one")
+
+
+BODIES = (KeyRequest, RotatePlatformKeyRequest)
