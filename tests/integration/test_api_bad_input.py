@@ -322,7 +322,6 @@ async def test_paths_that_do_not_exist(served: Served, caller: Caller) -> None:
             "/engines/ann/nothing",
             "/engines/ann/admit/",
             "/engines/ann/admit/again",
-            "/products",
             f"/products/{caller.product_id}",
             "/ENGINES",
             "/status/",
@@ -350,8 +349,15 @@ async def test_methods(served: Served, caller: Caller) -> None:
         "/engines": {"GET"},
         "/status": {"GET"},
         "/metrics": {"GET"},
-        "/products/register": {"POST"},
+        "/audit": {"GET"},
+        "/products": {"GET"},
+        "/products/register": {"POST", "DELETE"},  # the shape of a product's own path
+        f"/products/{caller.product_id}": {"DELETE"},
         f"/products/{caller.product_id}/policy": {"PUT"},
+        f"/products/{caller.product_id}/keys": {"GET", "POST"},
+        f"/products/{caller.product_id}/keys/x": {"DELETE"},
+        f"/products/{caller.product_id}/rotate-platform-key": {"POST"},
+        "/admin/rewrap-keys": {"GET", "POST"},
         "/health": {"GET"},
     }
     async with nothing_changes(served):
