@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup run test bench lint images lock
+.PHONY: setup run test bench lint images lock client
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -34,6 +34,10 @@ lint: setup
 # Needs a Docker Engine; works where no image registry answers.
 images:
 	@deploy/images.sh $(ARGS)
+
+# The blocking client is written from the one on asyncio.
+client: setup
+	@$(BIN)/python scripts/client_twins.py
 
 # Needs `uv`: resolves for every supported platform and Python.
 lock:
