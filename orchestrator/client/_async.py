@@ -262,8 +262,12 @@ class AsyncOrchestratorClient:
         until: datetime | str | None = None,
         limit: int | None = None,
         cursor: str | None = None,
+        order: str | None = None,
     ) -> models.AuditPage:
-        """One page of the audit log; `cursor` is the `next_cursor` of the page before."""
+        """One page of the audit log, the oldest first (`order="desc"`: the newest).
+
+        `cursor` is the `next_cursor` of the page before; `since` is inclusive, `until` is not.
+        """
         params = {
             "user_id": user_id,
             "action": action,
@@ -271,6 +275,7 @@ class AsyncOrchestratorClient:
             "until": text_of(until),
             "limit": limit,
             "cursor": cursor,
+            "order": order,
         }
         return await self._get(models.AuditPage, "/audit", params)
 
@@ -334,11 +339,11 @@ class AsyncOrchestratorClient:
     async def products(self) -> list[models.Product]:
         return (await self._get(models.ProductList, "/products", admin=True)).products
 
-    async def delete_product(self, product_id: UUID | str, *, force: bool = False) -> None:
+    async def delete_product(self, product_id: UUID | str, *, force: bool = False) -> models.DeletedProduct:
         """With `force` its engines are destroyed with it; without it they are `ProductNotEmpty`."""
         params = {"force": True if force else None}
         call = Call("DELETE", f"/products/{product_id}", params, admin=True, timeout_s=self._operation_timeout_s)
-        await self._send(call)
+        return parsed(models.DeletedProduct, await self._send(call))
 
     async def replace_policy(self, product_id: UUID | str, policy: dict[str, Any]) -> dict[str, Any]:
         """The whole policy, in force for the next call."""

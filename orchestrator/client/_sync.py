@@ -260,8 +260,12 @@ class OrchestratorClient:
         until: datetime | str | None = None,
         limit: int | None = None,
         cursor: str | None = None,
+        order: str | None = None,
     ) -> models.AuditPage:
-        """One page of the audit log; `cursor` is the `next_cursor` of the page before."""
+        """One page of the audit log, the oldest first (`order="desc"`: the newest).
+
+        `cursor` is the `next_cursor` of the page before; `since` is inclusive, `until` is not.
+        """
         params = {
             "user_id": user_id,
             "action": action,
@@ -269,6 +273,7 @@ class OrchestratorClient:
             "until": text_of(until),
             "limit": limit,
             "cursor": cursor,
+            "order": order,
         }
         return self._get(models.AuditPage, "/audit", params)
 
@@ -330,11 +335,11 @@ class OrchestratorClient:
     def products(self) -> list[models.Product]:
         return (self._get(models.ProductList, "/products", admin=True)).products
 
-    def delete_product(self, product_id: UUID | str, *, force: bool = False) -> None:
+    def delete_product(self, product_id: UUID | str, *, force: bool = False) -> models.DeletedProduct:
         """With `force` its engines are destroyed with it; without it they are `ProductNotEmpty`."""
         params = {"force": True if force else None}
         call = Call("DELETE", f"/products/{product_id}", params, admin=True, timeout_s=self._operation_timeout_s)
-        self._send(call)
+        return parsed(models.DeletedProduct, self._send(call))
 
     def replace_policy(self, product_id: UUID | str, policy: dict[str, Any]) -> dict[str, Any]:
         """The whole policy, in force for the next call."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "AuditEntry",
     "AuditPage",
+    "DeletedProduct",
     "Delivery",
     "EngineInfo",
     "EngineList",
@@ -32,6 +33,7 @@ __all__ = [
     "ProductFleet",
     "ProvisionedEngine",
     "RegisteredProduct",
+    "Restarts",
     "Rewrap",
     "RotatedKey",
     "StartedEngine",
@@ -156,6 +158,14 @@ class ProductFleet(Model):
     by_status: dict[str, int]
 
 
+class Restarts(Model):
+    """Failed engines: restarted when their back-off is over, waiting for the end of an outage, or for a person."""
+
+    pending: int
+    parked: int
+    gave_up: int
+
+
 class Fleet(Model):
     """`health`: `ok` (none failed), `degraded`, or `critical` (a quarter failed). `products`: admin key only."""
 
@@ -163,6 +173,7 @@ class Fleet(Model):
     by_status: dict[str, int]
     health: str
     unhealthy_count: int
+    restarts: Restarts | None = None
     products: list[ProductFleet] | None = None
 
 
@@ -193,6 +204,7 @@ class AuditEntry(Model):
     engine_id: UUID | None
     action: str
     actor: str
+    status: str | None = None
     metadata: dict[str, Any]
     duration_ms: int | None
     prev_hash: str | None = None
@@ -262,6 +274,13 @@ class ProductList(Model):
     products: list[Product]
 
 
+class DeletedProduct(Model):
+    """`status`: `deleted`, or `deleting` while its engines are still being destroyed."""
+
+    product_id: UUID
+    status: str
+
+
 class RegisteredProduct(Model):
     """`platform_api_key` is shown only here."""
 
@@ -277,9 +296,9 @@ class PolicyAnswer(Model):
 class PlatformKey(Model):
     key_id: UUID
     scopes: list[str]
+    created_at: datetime
     expires_at: datetime | None
-    last_used_at: datetime | None = None
-    created_at: datetime | None = None
+    last_used_at: datetime | None
 
 
 class KeyList(Model):

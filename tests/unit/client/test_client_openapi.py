@@ -57,7 +57,9 @@ CALLS: dict[tuple[str, str], Callable[[AsyncOrchestratorClient], Any]] = {
     ("get", "/status"): lambda c: c.status(),
     ("get", "/metrics"): lambda c: c.metrics(),
     ("get", "/health"): lambda c: c.health(),
-    ("get", "/audit"): lambda c: c.audit(user_id="ann", action="wake", since=WHEN, until=WHEN, limit=5, cursor="c"),
+    ("get", "/audit"): lambda c: c.audit(
+        user_id="ann", action="wake", since=WHEN, until=WHEN, limit=5, cursor="c", order="desc"
+    ),
     ("get", "/events"): lambda c: first(c.events(last_event_id=1, reconnect=False)),
     ("post", "/webhooks"): lambda c: c.create_webhook("https://example.com/hook", events=["wake"]),
     ("get", "/webhooks"): lambda c: c.webhooks(),
