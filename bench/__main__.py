@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import docker
+from bench import docker, fleet
 from bench.load import hammer, once, request_bytes
 from bench.world import MIMIC, World, free_port, until_answers, world
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 console = Console()
 ROUNDS = 5
 USER = "bench-user"
+ENGINES = 1000
 
 
 def main(
@@ -259,6 +260,61 @@ async def _docker(here: World, _: float) -> list[tuple[str, ...]]:
     ]
 
 
+# --- a fleet --------------------------------------------------------------------------------------------
+
+
+async def _fleet(here: World, _: float) -> list[tuple[str, ...]]:
+    """What a thousand engines cost when nobody asks for anything, and what a crowd costs that asks for one."""
+    figures = await fleet.measure(here, ENGINES)
+    share = figures.idle_share
+    memory = " · ".join(f"{rss / 1e6:.0f}" for rss in figures.idle_rss)
+    extra = figures.admits - figures.admits_floor
+    name = f"{ENGINES:,} engines: "
+    return [
+        _row(
+            f"{name}sweep of health probes",
+            f"{figures.sweep_floor:.2f} s",
+            f"{figures.sweep:.2f} s, {figures.sweep_cpu:.2f} CPU-s",
+            f"{figures.sweep / figures.sweep_floor:.2f} ×",
+            "< 3 s, < 1 CPU-s for 1,000",
+            figures.sweep < 3 and figures.sweep_cpu < 1,
+        ),
+        _row(
+            f"{name}reconcile pass (floor: the list alone)",
+            f"{figures.list_floor:.2f} s",
+            f"{figures.reconcile:.2f} s",
+            f"{figures.reconcile / figures.list_floor:.2f} ×",
+            "< 1 s for 1,000",
+            figures.reconcile < 1,
+        ),
+        _row(
+            f"{fleet.ADMITS} admits at once of a sleeping engine (floor: of a running one)",
+            _ms(figures.admits_floor),
+            f"{_ms(figures.admits)}, {figures.wakes} wake",
+            f"+ {_ms(extra)}",
+            "one wake; within wake + 50 ms",
+            figures.wakes == 1 and extra <= 0.050,
+        ),
+        _row(
+            f"{name}restart, first admit answered (floor: imports of the libraries alone)",
+            f"{figures.import_floor:.2f} s",
+            f"{figures.serving:.2f} s",
+            f"+ {figures.serving - figures.import_floor:.2f} s",
+            "< 1 s with 500",
+            figures.serving < 1,
+        ),
+        _row(f"{name}restart, all adopted", "–", f"{figures.adopted:.2f} s", "", "< 3 s with 500", figures.adopted < 3),
+        _row(
+            f"{name}idle",
+            "–",
+            f"{share * 100:.1f} % of a core, {memory} MB",
+            "",
+            "< 5 %, < 120 MB, flat",
+            share < 0.05 and max(figures.idle_rss) < 120e6,
+        ),
+    ]
+
+
 async def _commit_floor(here: World) -> float:
     """What the database alone takes for one small commit: a wake needs two, the claim and the end."""
     connection = await asyncpg.connect(here.database_url)
@@ -275,6 +331,7 @@ MEASUREMENTS: dict[str, Callable[[World, float], Awaitable[list[tuple[str, ...]]
     "admit": _admit,
     "provision": _provision,
     "docker": _docker,
+    "fleet": _fleet,
 }
 
 if __name__ == "__main__":
