@@ -20,6 +20,7 @@ from orchestrator.errors import ConfigurationError, DatabaseUnavailable
 from orchestrator.events import Notifications
 from orchestrator.keys import KeyRing
 from orchestrator.lifecycle import Flights, Healing, Lifecycle
+from orchestrator.lifecycle.ceilings import CeilingsKeeper
 from orchestrator.lifecycle.leases import LeaseKeeper
 from orchestrator.lifecycle.means import Means
 from orchestrator.loops import reconcile
@@ -52,6 +53,7 @@ class ControlPlane:
     """One replica. `open` raises `ConfigurationError` or `DatabaseUnavailable` with one clear line."""
 
     means: Means
+    ceilings: CeilingsKeeper
     flights: Flights
     lifecycle: Lifecycle
     healing: Healing
@@ -106,6 +108,7 @@ class ControlPlane:
             location_id,
             asyncio.Semaphore(settings.start_concurrency),
         )
+        self.ceilings = CeilingsKeeper(self.means)
         self.flights = Flights(self.means, self.keeper, self.notifications)
         self.lifecycle = Lifecycle(self.means, self.flights, self.notifications)
         self.healing = Healing(self.means, self.flights)
@@ -136,6 +139,7 @@ class ControlPlane:
                 Loop("idle", 1.0, idle.round),
                 Loop("watch", 0.1, self.watch.round),
                 Loop("activity", 0.5, self.activity.flush),
+                Loop("timelines", 1, lambda: self.means.timelines.flush(self.registry)),
                 Loop("rate", 1, self.limiter.settle),
                 Loop("audit", 0.5, lambda: audit.sequence(self.registry.audit)),
                 Loop("rewrap", 1, self.rewrap.round),
@@ -168,10 +172,13 @@ class ControlPlane:
             await self.health.stop()
         if hasattr(self, "offboarding"):
             await self.offboarding.close()
+        if hasattr(self, "ceilings"):
+            await self.ceilings.close()
         if hasattr(self, "flights"):  # else it was never wholly open, and there is nothing to hand over or write
             await self.flights.drain(DRAIN_S)
             try:
                 await self.activity.flush()
+                await self.means.timelines.flush(self.registry)
                 await self.limiter.close()
                 await audit.sequence(self.registry.audit)
             except DatabaseUnavailable as error:

@@ -34,7 +34,22 @@ def _printable(value: str) -> str:
 
 
 Text = Annotated[StrictStr, Field(min_length=1, max_length=512), AfterValidator(_printable)]
-Memory = Annotated[StrictStr, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?[bkmgtBKMGT]?[bB]?$")]
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_LEAST_MEMORY = 6 << 20  # Docker's own floor
+
+
+def _enough(value: str) -> str:
+    unit = value.lower().removesuffix("b")[-1:]
+    if float(value.lower().rstrip("bkmgt")) * _UNITS.get(unit, 1) < _LEAST_MEMORY:
+        raise ValueError("must be at least 6m")
+    return value
+
+
+Memory = Annotated[
+    StrictStr,
+    Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?[bkmgtBKMGT]?[bB]?$"),
+    AfterValidator(_enough),
+]
 
 
 class Policy(BaseModel):

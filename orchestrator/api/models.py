@@ -166,6 +166,25 @@ class RotateKeyAnswer(BaseModel):
     restarted: bool = Field(description="the engine could not take the key while it ran and was created again")
 
 
+class TimelinePhase(BaseModel):
+    name: str = Field(examples=["pull"])
+    started_at: Timestamp
+    duration_ms: int | None = Field(description="null while it lasts")
+
+
+class TimelineAnswer(BaseModel):
+    engine_id: UUID
+    operation: str | None = Field(description="under way, or the last one", examples=["provision"])
+    status: str = Field(description="of the engine", examples=["provisioning"])
+    started_at: Timestamp | None
+    duration_ms: int | None = Field(description="so far, or of the whole")
+    phases: list[TimelinePhase]
+    stalled_on: str | None = Field(
+        description="the phase that it is in, or that it failed in; null when it went well", examples=["pull"]
+    )
+    last_log: str | None = Field(description="progress of a pull, else the last line of the engine's log")
+
+
 class KeepAliveAnswer(BaseModel):
     engine_id: UUID
     keep_alive_until: Timestamp | None

@@ -15,6 +15,8 @@ Rules for every implementation:
 from __future__ import annotations
 
 import abc
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from orchestrator.errors import NotSupported
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
     from uuid import UUID
 
@@ -38,7 +40,28 @@ __all__ = [
     "LogLine",
     "ObjectState",
     "id12",
+    "report",
+    "reporting",
 ]
+
+_REPORTS: ContextVar[Callable[[str, str | None], None] | None] = ContextVar("reports", default=None)
+
+
+@contextmanager
+def reporting(hear: Callable[[str, str | None], None]) -> Iterator[None]:
+    """Calls made inside, and tasks begun inside, tell `hear` the phase that they enter, and a line of progress."""
+    token = _REPORTS.set(hear)
+    try:
+        yield
+    finally:
+        _REPORTS.reset(token)
+
+
+def report(phase: str, line: str | None = None) -> None:
+    """For a backend: what it is doing now (`pull`, `create`, `start`, …), for the engine's timeline."""
+    hear = _REPORTS.get()
+    if hear is not None:
+        hear(phase, line)
 
 
 def id12(engine_id: UUID) -> str:
@@ -67,6 +90,7 @@ class Capabilities:
     ceilings: bool = False  # memory and CPU limits
     events: bool = False  # a stream of what happens to objects
     restarts: bool = False  # the backend itself starts an object again that has exited
+    holds_port: bool = False  # a started object has its port: nobody else can answer there
 
 
 class ObjectState(StrEnum):
@@ -189,6 +213,21 @@ class EngineBackend(abc.ABC):
         makes every call through `pinned(row.container_id)`. Backends with a fence of their own return themselves.
         """
         return self
+
+    def limited(self, *, memory: str | None, cpus: float | None) -> EngineBackend:
+        """This backend, making objects with these ceilings instead of the default ones (needs `ceilings`)."""
+        return self
+
+    async def set_ceilings(self, engine_id: UUID, *, memory: str | None = None, cpus: float | None = None) -> None:
+        """Other ceilings for an existing object, running or not; None: the default one (needs `ceilings`)."""
+        raise NotSupported("ceilings", self.name)
+
+    async def resolve_image(self, image: str) -> str:
+        """The lasting name of what `image` is now; fetched when it is missing here, whose progress is reported.
+
+        What the registry keeps, and hands to each later `create`. Raises `ImageNotFound`.
+        """
+        return image
 
     async def location_id(self) -> UUID:
         """The id of the place (daemon, data root) whose objects this backend sees; made on first use."""

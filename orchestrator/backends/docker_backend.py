@@ -21,6 +21,7 @@ from orchestrator.backends.base import (
     EngineEndpoint,
     LogLine,
     ObjectState,
+    report,
 )
 from orchestrator.backends.docker_client import DockerClient
 from orchestrator.backends.docker_containers import Containers, is_live
@@ -40,13 +41,13 @@ from orchestrator.backends.docker_names import (
     volume_name,
 )
 from orchestrator.backends.docker_networks import Networks
-from orchestrator.backends.docker_pull import Images
+from orchestrator.backends.docker_pull import Images, is_lasting
 from orchestrator.backends.docker_reach import check_reach
-from orchestrator.backends.docker_spec import ContainerSpec, memory_bytes
+from orchestrator.backends.docker_spec import ContainerSpec
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError, ObjectMissing, PortTaken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from orchestrator.backends.base import BackendEvent
     from orchestrator.settings import Settings
@@ -67,7 +68,7 @@ _STATES = {"running": ObjectState.RUNNING, "paused": ObjectState.FROZEN}
 class DockerBackend(EngineBackend):
     name: ClassVar[str] = "docker"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        freeze=True, listing=True, logs=True, ceilings=True, events=True, restarts=True
+        freeze=True, listing=True, logs=True, ceilings=True, events=True, restarts=True, holds_port=True
     )
 
     def __init__(self, settings: Settings, deployment_id: UUID, client: DockerClient, networks: Networks) -> None:
@@ -110,7 +111,8 @@ class DockerBackend(EngineBackend):
     # --- the documented interface ---------------------------------------------------------------------
 
     async def create(self, engine_id: UUID, port: int, env: dict[str, str], image: str) -> EngineEndpoint:
-        resolved = await self.resolve_image(image)
+        # A lasting name is used as it is: the daemon says itself when it has no such image (any more).
+        resolved = image if is_lasting(image) else await self.resolve_image(image)
         await self._ensure_volume(engine_id)
         name = container_name(engine_id)
         incarnation = int(env.get("ENGINE_INCARNATION", "0"))
@@ -119,8 +121,12 @@ class DockerBackend(EngineBackend):
         while True:
             network = await self._networks.pick()
             config = self._spec.container(engine_id, port, env, resolved, network)
+            report("create")
             try:
                 container = await self._containers.create(name, config)
+            except NoSuchObject:
+                self._networks.forget(network)
+                resolved = await self.resolve_image(image)
             except Conflict:
                 adopted = await self._adopt_or_clear(engine_id, incarnation, port)
                 if adopted is not None:
@@ -178,12 +184,16 @@ class DockerBackend(EngineBackend):
         view._pin = container_id
         return view
 
-    async def resolve_image(self, image: str, progress: Callable[[str], None] | None = None) -> str:
-        """The lasting name of what `image` is now (its digest, else its id), pulled when missing.
+    async def resolve_image(self, image: str) -> str:
+        return await self._images.resolve(image, lambda line: report("pull", line))
 
-        What the registry should keep and hand to each later `create`. Raises `ImageNotFound`.
-        """
-        return await self._images.resolve(image, progress)
+    def limited(self, *, memory: str | None, cpus: float | None) -> DockerBackend:
+        view = copy.copy(self)
+        try:
+            view._spec = self._spec.limited(memory, cpus)
+        except ConfigurationError as error:
+            raise BackendError(f"The product's policy: {error.message}") from None
+        return view
 
     async def location_id(self) -> UUID:
         # The daemon makes a volume once: who comes later gets the first one with its label.
@@ -288,15 +298,10 @@ class DockerBackend(EngineBackend):
             found = await self._find(engine_id)
 
     async def set_ceilings(self, engine_id: UUID, *, memory: str | None = None, cpus: float | None = None) -> None:
-        """Other ceilings for an existing container, running or not; they stay for its lifetime."""
         found = await self._find(engine_id)
         if found is None:
             raise ObjectMissing(str(engine_id))
-        wanted = self._spec.ceilings(
-            memory_bytes(memory, variable="engine_memory") if memory is not None else self._spec.memory,
-            cpus if cpus is not None else self._spec.cpus,
-        )
-        await self._containers.update(found["Id"], wanted)
+        await self._containers.update(found["Id"], self.limited(memory=memory, cpus=cpus)._spec.ceilings())
 
     def events(self) -> AsyncGenerator[BackendEvent, None]:
         """What happens to this deployment's containers, for ever; see `docker_events`."""
@@ -316,6 +321,7 @@ class DockerBackend(EngineBackend):
 
     async def _start_new(self, container: str, port: int, network: str) -> bool:
         """Start what was just made, or remove it again. False when another try on another network makes sense."""
+        report("start")
         try:
             await self._containers.start(container)
         except BackendUnavailable:

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
     from orchestrator.backends.docker_client import DockerClient
 
-__all__ = ["Images", "credentials", "registry_of"]
+__all__ = ["Images", "credentials", "is_lasting", "registry_of"]
 
 log = structlog.get_logger("orchestrator.docker")
 
 _HUB = "docker.io"
 _HUB_KEYS = ("https://index.docker.io/v1/", "index.docker.io", "docker.io")
 _HELPER_S = 10.0
+_LOG_EVERY_S = 5.0
 _HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _REFERENCE = re.compile(r"[a-z0-9][A-Za-z0-9._:/@\[\]-]{0,511}")
 
@@ -42,6 +43,7 @@ class Images:
         self._pull_timeout_s = pull_timeout_s
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._watchers: dict[str, list[Callable[[str], None]]] = {}
+        self._next_word: dict[str, float] = {}
 
     async def resolve(self, image: str, progress: Callable[[str], None] | None = None) -> str:
         """The image's name by digest, or its id when it came from no registry; pulled when it is missing.
@@ -58,7 +60,7 @@ class Images:
             found = await self._inspect(image)
             if found is None:
                 raise ImageNotFound(image, "pulled, and gone again")
-        if "@" in image or image.startswith("sha256:"):
+        if is_lasting(image):
             return image
         repository = image.rpartition(":")[0] if ":" in image.rpartition("/")[2] else image
         for digest in found.get("RepoDigests") or []:
@@ -81,6 +83,7 @@ class Images:
         watchers = self._watchers.setdefault(image, [])
         if progress is not None:
             watchers.append(progress)
+            progress(f"pulling {image}")
         try:
             await asyncio.shield(pull)
         finally:
@@ -90,6 +93,7 @@ class Images:
     def _done(self, image: str, task: asyncio.Task[None]) -> None:
         self._pulls.pop(image, None)
         self._watchers.pop(image, None)
+        self._next_word.pop(image, None)
         if not task.cancelled():
             task.exception()  # those who wait have it; without them nobody does
 
@@ -117,6 +121,10 @@ class Images:
         current, total = detail.get("current"), detail.get("total")
         part = f" {100 * current // total}%" if current and total else ""
         line = f"{step.get('id', '')} {step.get('status', '')}{part}".strip()
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_word.get(image, 0):
+            self._next_word[image] = now + _LOG_EVERY_S
+            log.info("image_pull_progress", image=image, progress=line)
         for watcher in list(self._watchers.get(image, ())):
             watcher(line)
 
@@ -125,6 +133,11 @@ class Images:
         for pull in pulls:
             pull.cancel()
         await asyncio.gather(*pulls, return_exceptions=True)
+
+
+def is_lasting(image: str) -> bool:
+    """A digest or an id: what it names never changes."""
+    return "@" in image or image.startswith("sha256:")
 
 
 def registry_of(image: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,17 @@ class ContainerSpec:
     def labels(self, engine_id: UUID) -> dict[str, str]:
         return {DEPLOYMENT: str(self.deployment_id), ENGINE: str(engine_id)}
 
-    def ceilings(self, memory: int, cpus: float) -> dict[str, Any]:
+    def limited(self, memory: str | None, cpus: float | None) -> ContainerSpec:
+        """With other ceilings where they are given. Raises `ConfigurationError`."""
+        return replace(
+            self,
+            memory=memory_bytes(memory, variable="engine_memory") if memory is not None else self.memory,
+            cpus=cpus if cpus is not None else self.cpus,
+        )
+
+    def ceilings(self) -> dict[str, Any]:
         # The same number for memory and swap: no swap.
-        return {"Memory": memory, "MemorySwap": memory, "NanoCpus": int(cpus * _NANO)}
+        return {"Memory": self.memory, "MemorySwap": self.memory, "NanoCpus": int(self.cpus * _NANO)}
 
     def container(self, engine_id: UUID, port: int, env: dict[str, str], image: str, network: str) -> dict[str, Any]:
         environment = {
@@ -103,7 +111,7 @@ class ContainerSpec:
             "SecurityOpt": list(self.security),
             "PidsLimit": self.pids,
             "IpcMode": "private",
-            **self.ceilings(self.memory, self.cpus),
+            **self.ceilings(),
         }
         if self.publish_address is not None:
             host["PortBindings"] = {inside: [{"HostIp": self.publish_address, "HostPort": str(port)}]}

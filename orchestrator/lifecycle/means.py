@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import orjson
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -14,6 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from orchestrator.errors import DatabaseUnavailable
 from orchestrator.keys import fingerprint
 from orchestrator.lifecycle.leases import Interruption
+from orchestrator.lifecycle.timeline import Timelines
 from orchestrator.registry.engines import Then
 
 if TYPE_CHECKING:
@@ -36,6 +37,37 @@ SHORTEST_SECRET = 6  # a shorter pass-through value is no secret, and would blot
 SETTLE_S = 2.0  # a backend call under way is given this long before an interrupted operation leaves it
 
 
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What a product's policy says; None: the default of `ORCH_ENGINE_MEMORY` and `ORCH_ENGINE_CPUS`."""
+
+    memory: str | None = None
+    cpus: float | None = None
+
+
+class ProbePace:
+    """How long to wait between two probes of a boot: at most a hundredth of it, or 5 ms, is lost.
+
+    Many boots at a time share the pace, so that probing takes no more from them than from one.
+    """
+
+    FIRST_S = 0.005
+    LONGEST_S = 0.1
+
+    def __init__(self) -> None:
+        self._boots = 0
+
+    def __enter__(self) -> Self:
+        self._boots += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._boots -= 1
+
+    def delay_s(self, elapsed_s: float) -> float:
+        return min(max(self.FIRST_S * self._boots, elapsed_s / 100), self.LONGEST_S)
+
+
 @dataclass(frozen=True)
 class Means:
     """The registry, the backend and the keys, with the rules of how an operation may use them."""
@@ -47,6 +79,8 @@ class Means:
     keyring: KeyRing
     location_id: UUID
     start_slots: asyncio.Semaphore = field(repr=False)
+    timelines: Timelines = field(default_factory=Timelines, repr=False)
+    probe_pace: ProbePace = field(default_factory=ProbePace, repr=False)
 
     @property
     def ports(self) -> tuple[int, int] | None:
@@ -62,7 +96,8 @@ class Means:
     async def act(self, lease: Lease, call: Callable[[EngineBackend], Awaitable[T]]) -> T:
         """One backend call, under what is left of the lease, on the object that the claim recorded."""
         lease.check()
-        task = asyncio.ensure_future(call(self.object_of(lease.engine)))
+        with self.timelines.of(lease.engine).reporting():
+            task = asyncio.ensure_future(call(self.object_of(lease.engine)))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -123,7 +158,13 @@ class Means:
             "ENGINE_INCARNATION": str(engine.incarnation),
         }
 
-    def spec_fingerprints(self, engine: Engine, key: EngineKey) -> list[str]:
+    async def ceilings(self, engine: Engine) -> Ceilings:
+        if not self.backend.capabilities.ceilings:
+            return Ceilings()
+        product = await self.registry.products.by_id(engine.product_id)
+        return ceilings_of(product.policy) if product is not None else Ceilings()
+
+    def spec_fingerprints(self, engine: Engine, key: EngineKey, ceilings: Ceilings) -> list[str]:
         """A keyed digest of all that an object is created from, under each master key, the current one first.
 
         An object whose recorded digest is none of these is created again at its next cold start.
@@ -136,8 +177,8 @@ class Means:
                 engine.engine_version,
                 engine.port,
                 environment,
-                settings.engine_memory,
-                settings.engine_cpus,
+                ceilings.memory or settings.engine_memory,
+                ceilings.cpus or settings.engine_cpus,
                 settings.engine_pids,
                 settings.engine_runtime,
                 settings.engine_read_only,
@@ -148,3 +189,7 @@ class Means:
             option=orjson.OPT_SORT_KEYS,
         ).decode()
         return [fingerprint(master_key, spec) for master_key in self.keyring.master_keys]
+
+
+def ceilings_of(policy: dict[str, Any]) -> Ceilings:
+    return Ceilings(policy.get("engine_memory"), policy.get("engine_cpus"))

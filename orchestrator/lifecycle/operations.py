@@ -106,6 +106,23 @@ class Operations:
         ):
             slot_taken.set()
         limit_s = row.deadline_s(self._means.settings)
+        timeline = self._means.timelines.begin(lease.engine)
+        failed = True
+        try:
+            ended = await self._carry_out(operation, lease, parameters, slot_taken, limit_s)
+            failed = False
+            return ended
+        finally:
+            timeline.end(failed=failed)
+
+    async def _carry_out(
+        self,
+        operation: Operation,
+        lease: Lease,
+        parameters: Parameters,
+        slot_taken: asyncio.Event,
+        limit_s: float,
+    ) -> Engine:
         try:
             async with asyncio.timeout(limit_s):
                 match operation:
@@ -141,6 +158,9 @@ class Operations:
             defect = InternalError(f"{operation} met a defect ({type(error).__name__}).")
             await self._fail(lease, defect)
             raise defect from error
+
+    def _enter(self, lease: Lease, phase: str) -> None:
+        self._means.timelines.of(lease.engine).enter(phase)
 
     async def _finish(self, lease: Lease, end: Finish) -> Engine:
         ended = await self._means.finish(lease.engine, end)
@@ -263,6 +283,7 @@ class Operations:
     async def _stop(self, lease: Lease, metadata: dict[str, bool] | None = None, *, unloaded: bool = False) -> Engine:
         engine = lease.engine
         row = TRANSITIONS[Operation(engine.operation or "")]
+        self._enter(lease, "stop")
         await self._means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
         assert row.success is not None
         return await self._finish(
@@ -287,7 +308,9 @@ class Operations:
                 return await self._asleep(lease)  # a dead owner had come this far
         if parameters.idle_s is not None:
             # One activity flush of every replica: an admit of just now is seen by the look below.
+            self._enter(lease, "settle")
             await happens_within(lease.wake_wished, ACTIVITY_FLUSH_S)
+        self._enter(lease, "probe")
         health = await means.http.health(engine.url, means.settings.health_check_timeout_s)
         in_flight = health.activity.in_flight if health.activity is not None else 0
         unknown = not health.ok or (health.reports_activity and health.activity is None)
@@ -313,6 +336,7 @@ class Operations:
     async def _asleep(self, lease: Lease) -> Engine:
         means, engine = self._means, lease.engine
         frozen = means.backend.capabilities.freeze
+        self._enter(lease, "freeze" if frozen else "stop")
         if frozen:
             await means.act(lease, lambda backend: backend.freeze(engine.id))
         else:
@@ -451,6 +475,7 @@ class Operations:
         else:
             live = await means.act(lease, lambda backend: backend.is_running(engine.id))
             frozen = False
+        self._enter(lease, "key")
         generation = engine.key_generation + 1
         secret = new_engine_key()
         ciphertext, master_key_id = means.keyring.encrypt(secret)
@@ -516,6 +541,7 @@ class Operations:
 
     async def _destroy(self, lease: Lease) -> Engine:
         means, engine = self._means, lease.engine
+        self._enter(lease, "destroy")
         await means.act(lease, lambda backend: backend.destroy(engine.id))
         if not await means.persist(lambda: means.registry.engines.remove(engine, "destroy", "destroyed")):
             lease.update(None)

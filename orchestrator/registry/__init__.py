@@ -16,6 +16,7 @@ from orchestrator.registry.platform_keys import PlatformKeyRegistry
 from orchestrator.registry.products import ProductRegistry
 from orchestrator.registry.rate import RateRegistry
 from orchestrator.registry.rewrap import RewrapRegistry
+from orchestrator.registry.timelines import TimelineRegistry
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -38,6 +39,7 @@ class Registry:
         self.fleet = FleetRegistry(database)
         self.rewrap = RewrapRegistry(database)
         self.admissions = AdmissionRegistry(database)
+        self.timelines = TimelineRegistry(database)
         self.health = HealthRegistry(database)
         self.idle = IdleRegistry(database)
         self.orphans = OrphanRegistry(database)

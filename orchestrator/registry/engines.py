@@ -251,10 +251,10 @@ class EngineRegistry:
 
     # --- what an operation writes on its way ------------------------------------------------------------
 
-    async def begin_create(self, engine: Engine, fingerprint: str) -> Engine | None:
+    async def begin_create(self, engine: Engine, fingerprint: str, image_id: str) -> Engine | None:
         """One more incarnation, recorded before `create` is called."""
         row = await self._database.fetchrow(
-            sql("begin_create"), engine.id, engine.lease_generation, fingerprint, timeout_s=5
+            sql("begin_create"), engine.id, engine.lease_generation, fingerprint, image_id, timeout_s=5
         )
         return None if row is None else Engine.of(row)
 

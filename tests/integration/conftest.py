@@ -156,7 +156,7 @@ class Deployment:
         port = free_port()
         log = self.tmp_path / f"serve-{len(self.replicas)}.log"
         environment = {
-            "PATH": os.environ["PATH"],
+            **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
             **self.variables,
             "ORCH_PORT": str(port),
             **changes,

@@ -140,6 +140,7 @@ async def test_document_is_valid_and_complete(document: Document) -> None:
         "post /engines/{user_id}/stop",
         "post /engines/{user_id}/rotate-key",
         "get /engines/{user_id}",
+        "get /engines/{user_id}/timeline",
         "post /engines/{user_id}/admit",
         "get /engines",
         "get /status",
@@ -199,6 +200,8 @@ async def test_every_answer_is_as_documented(served: Served, api: Api, admin: Ap
     await call("POST", "/engines/cid/admit", {"auto_provision": True})
     await call("POST", "/engines/provision", {"user_id": "cid"})
     await call("GET", "/engines/ann")
+    await call("GET", "/engines/ann/timeline")
+    await call("GET", "/engines/nobody/timeline")
     await call("GET", "/engines")
     await call("GET", "/status")
     await call("GET", "/metrics")

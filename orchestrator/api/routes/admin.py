@@ -58,6 +58,7 @@ async def replace_policy(request: Request) -> Response:
     policy = body.policy.model_dump(exclude_unset=True, exclude_none=True)
     if not await plane_of(request).registry.products.replace_policy(product_id, policy):
         raise ProductNotFound(str(product_id))
+    plane_of(request).ceilings.apply(product_id)
     return answer(PolicyAnswer(policy=policy))
 
 

@@ -89,7 +89,9 @@ WITH claimed AS (
         restart_attempt = CASE $5 WHEN 'restart' THEN restart_attempt + 1
                                   WHEN 'start' THEN 0 WHEN 'recover' THEN 0 WHEN 'wake' THEN 0
                                   ELSE restart_attempt END,
-        engine_version = coalesce($10, engine_version)
+        engine_version = coalesce($10, engine_version),
+        -- Another version, or the same name looked up again.
+        image_id = CASE WHEN $10::text IS NULL THEN image_id END
     WHERE id = $1
       AND status = ANY ($2::text[])
       AND ($11::bigint IS NULL OR lease_generation = $11)
@@ -150,7 +152,7 @@ WHERE location_id = $1 AND wish IN ('stop', 'destroy')
 ORDER BY wish_at LIMIT $3
 
 -- name: begin_create
-UPDATE engines SET incarnation = incarnation + 1, spec_fingerprint = $3, container_id = NULL
+UPDATE engines SET incarnation = incarnation + 1, spec_fingerprint = $3, image_id = $4, container_id = NULL
 WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING *
 
