@@ -163,6 +163,7 @@ async def test_a_wish_outlives_who_asked_and_who_was_asked(deployment: Deploymen
     assert actor == "acme"
 
 
+@pytest.mark.timeout(600)  # many processes start and end: far longer on a busy machine
 async def test_random_kills(deployment: Deployment) -> None:
     """Seeded: `ORCH_TEST_SEED`, `ORCH_TEST_KILLS`."""
     dice = random.Random(SEED)
