@@ -23,6 +23,7 @@ __all__ = ["Notifications"]
 CHANNEL = "orchestrator_engine"
 WISH_CHANNEL = "orchestrator_wish"
 POLL_S = 1.0
+PROOF_S = 10.0  # of silence, after which the listening connection must show that it still leads somewhere
 
 log = structlog.get_logger("orchestrator.events")
 
@@ -90,9 +91,10 @@ class Notifications:
                 await connection.add_listener(CHANNEL, self._on_change)
                 await connection.add_listener(WISH_CHANNEL, self._on_wish)
                 delay_s = 0.1
-                await lost.wait()
+                while not await happens_within(lost, PROOF_S):
+                    await connection.execute("SELECT 1", timeout=5)
                 log.warning("listen_connection_lost")
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 log.warning("listen_failed", error=type(error).__name__)
                 await asyncio.sleep(delay_s)
             finally:

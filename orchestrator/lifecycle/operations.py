@@ -50,6 +50,7 @@ THAWED_IDLE_S = 0.5  # an engine that was thawed behind our back rests at least 
 LAST_LINES = 20
 LAST_LINE_CHARS = 500
 LAST_LINES_S = 3.0
+WAY_OUT_S = FAILED_STOP_GRACE_S + 15.0  # a backend that hangs must not keep a failure from being recorded
 RETRY_S = 5.0
 ACTIVITY_FLUSH_S = 1.0
 
@@ -224,7 +225,7 @@ class Operations:
                 action=action,
                 metadata=metadata,
                 error=error_record(error),
-                answers_wish="wake" if row.operation is Operation.SLEEP else None,
+                answers_wish="wake",  # whoever wished it sees the end, and wakes the engine anew
                 then=then,
                 restart_in_s=restart_in_s,
                 refund=refund,
@@ -239,11 +240,14 @@ class Operations:
     async def _attempt(self, lease: Lease, what: str, call: Callable[[EngineBackend], Awaitable[None]]) -> None:
         """A backend call on the way out of a failure, which must not be made worse by a second one."""
         try:
-            await self._means.act(lease, call)
+            async with asyncio.timeout(WAY_OUT_S):
+                await self._means.act(lease, call)
         except Interrupted:
             raise
         except BackendError as error:
             log.warning("engine_left_as_it_is", engine_id=str(lease.engine.id), call=what, error=error.message)
+        except TimeoutError:
+            log.warning("engine_left_as_it_is", engine_id=str(lease.engine.id), call=what, error="no end in time")
         except Exception:  # a defect of the backend: the end must be recorded all the same
             log.exception("engine_left_as_it_is", engine_id=str(lease.engine.id), call=what)
 
@@ -414,9 +418,12 @@ class Operations:
         state = State(engine.status)
         found = await means.act(lease, lambda backend: backend.find(engine.id))
         slot_taken.set()
-        end = Finish(status=state, action="reconcile_adopt", metadata={"reason": parameters.reason})
+        # A wake that arrives is answered by every end: whoever wished it looks again, and wakes what still sleeps.
+        end = Finish(
+            status=state, action="reconcile_adopt", metadata={"reason": parameters.reason}, answers_wish="wake"
+        )
         if found is None or found.state is ObjectState.EXITED:
-            return await self._finish(lease, replace(end, action=None, answers_wish="wake"))
+            return await self._finish(lease, replace(end, action=None))
         if state in (State.STOPPED, State.FAILED):
             await means.act(lease, lambda backend: backend.stop(engine.id, STOP_GRACE_S))
             return await self._finish(lease, end)
@@ -454,7 +461,6 @@ class Operations:
                         end,
                         status=State.RUNNING,
                         healthy=True,
-                        answers_wish="wake",
                         applied_generation=booted.applied_generation,
                     ),
                 )

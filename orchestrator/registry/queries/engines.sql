@@ -243,8 +243,9 @@ SELECT id, $3, $4, $5, $6 FROM fenced
 ON CONFLICT (engine_id, generation) DO NOTHING
 
 -- name: release
--- The holder gives up without an end of its own: a stronger wish takes over.
-UPDATE engines SET operation = NULL, lease_owner = NULL, lease_until = NULL, deadline_at = NULL
+-- The holder gives up without an end of its own: a stronger wish takes over. A wake is none that anybody carries out.
+UPDATE engines SET operation = NULL, lease_owner = NULL, lease_until = NULL, deadline_at = NULL,
+                   wish = nullif(wish, 'wake')
 WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING id, pg_notify('orchestrator_engine', id::text)
 
