@@ -1,17 +1,22 @@
-"""The command `orchestrator`. One clear line and exit code 1 for whatever a person can mend."""
+"""The command `orchestrator`: one file a group of commands, thin over the client.
+
+One clear line and an exit code that means something (`output.ExitCode`) for whatever can go wrong.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from pathlib import Path  # noqa: TC003 - Typer reads the annotations
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from orchestrator import __version__
+from orchestrator.cli import audit, engines, keys, products, profiles, server, webhooks
+from orchestrator.cli.chat import chat
+from orchestrator.cli.completion import completion
+from orchestrator.cli.fleet import events, status
+from orchestrator.cli.output import BY_STATUS, EXIT_CODES_HELP, ExitCode, fail, out
 from orchestrator.cli.reconcile import reconcile
 from orchestrator.errors import OrchestratorError
 
@@ -20,37 +25,72 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="orchestrator",
     help="The control plane for products that give each of their users a process of their own.",
+    epilog=EXIT_CODES_HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-audit_app = typer.Typer(help="The audit log.", no_args_is_help=True)
-app.add_typer(audit_app, name="audit")
 
-out = Console()
-err = Console(stderr=True)
+THIS_HOST = "This host's orchestrator"
+for command in (server.dev, server.serve, server.migrate, server.config, reconcile):
+    app.command(rich_help_panel=THIS_HOST)(command)
+
+FLEET = "The fleet"
+app.command(rich_help_panel=FLEET)(status)
+app.add_typer(engines.app, name="engines", rich_help_panel=FLEET)
+app.command(rich_help_panel=FLEET)(chat)
+app.command(rich_help_panel=FLEET)(events)
+app.add_typer(audit.app, name="audit", rich_help_panel=FLEET)
+app.add_typer(webhooks.app, name="webhooks", rich_help_panel=FLEET)
+
+ADMINISTRATION = "Administration"
+app.add_typer(products.app, name="products", rich_help_panel=ADMINISTRATION)
+app.add_typer(keys.app, name="keys", rich_help_panel=ADMINISTRATION)
+
+THIS_COMMAND = "This command"
+app.add_typer(profiles.app, name="profiles", rich_help_panel=THIS_COMMAND)
+app.command(rich_help_panel=THIS_COMMAND)(completion)
 
 
 def main() -> None:
-    """Entry point: a known error is one line on stderr and exit code 1, never a traceback."""
+    """Entry point: what is known to go wrong is one line on stderr and an exit code, never a traceback."""
     try:
         app()
     except OrchestratorError as error:
-        err.print(f"[bold red]error:[/] {_escaped(error.message)}", soft_wrap=True)
-        sys.exit(1)
+        sys.exit(fail(error.message, ExitCode.ERROR, name=error.code, details=error.details))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads on: `orchestrator engines list | head`
+        sys.exit(ExitCode.ERROR)
+    except Exception as error:
+        if (code := _client_error(error)) is None:
+            raise
+        sys.exit(code)
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
+def _client_error(error: Exception) -> int | None:
+    """Tell what the client raised; None for anything else. Imported only now: many commands need no client."""
+    from orchestrator.client import ApiError, ClientError, ConnectionFailed, EngineFailure, NotAdmitted
 
-    return escape(text)
+    if not isinstance(error, ClientError):
+        return None
+    if isinstance(error, ApiError):
+        seconds = f" (again in {error.retry_after_s:.0f} s)" if error.retry_after_s else ""
+        code = BY_STATUS.get(error.status, ExitCode.ERROR)
+        return fail(error.message.rstrip(".") + seconds + ".", code, name=error.code, details=error.details)
+    if isinstance(error, ConnectionFailed):
+        return fail(error.message, ExitCode.UNAVAILABLE, name="NO_CONNECTION")
+    if isinstance(error, NotAdmitted):
+        return fail(error.message, ExitCode.CONFLICT, name="NOT_ADMITTED")
+    name = error.code if isinstance(error, EngineFailure) else "ERROR"
+    return fail(error.message, ExitCode.ERROR, name=name)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"engine-orchestrator {__version__}", highlight=False)
+        out.print(f"engine-orchestrator {escape(__version__)}")
         raise typer.Exit
 
 
@@ -58,119 +98,3 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None: ...
-
-
-@app.command()
-def dev(
-    backend: Annotated[
-        Literal["subprocess", "docker"], typer.Option(help="What engines run in: processes or containers.")
-    ] = "subprocess",
-    once: Annotated[bool, typer.Option("--once", help="Exit after the demonstration.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on.")] = 8000,
-    state_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the database, keys and engines live."),
-    ] = None,
-    no_demo: Annotated[bool, typer.Option("--no-demo", help="Only serve.")] = False,
-    keep_engines: Annotated[
-        bool, typer.Option("--keep-engines", help="Leave engines and database running at the end.")
-    ] = False,
-) -> None:
-    """Everything on this machine: database, backend, engine, a demonstration; then serve until Ctrl-C."""
-    from orchestrator.dev import DevOptions, run_dev
-    from orchestrator.settings import default_state_dir
-
-    run_dev(
-        DevOptions(
-            state_dir=(state_dir or default_state_dir() / "dev").expanduser().absolute(),
-            backend=backend,
-            port=port,
-            once=once,
-            demo=not no_demo,
-            keep_engines=keep_engines,
-        ),
-        out,
-    )
-
-
-@app.command()
-def serve() -> None:
-    """Serve in production, as the ORCH_* variables and .env say."""
-    from orchestrator.settings import load_settings
-
-    settings = load_settings()  # first: a bad one is told at once, before everything else is imported
-    from orchestrator.logs import configure_logging
-    from orchestrator.server import serve as serve_forever
-
-    configure_logging(settings.log_level, settings.log_format)
-    serve_forever(settings)
-
-
-@app.command()
-def migrate() -> None:
-    """Bring the database to this release's schema."""
-    from orchestrator.registry.migrations import migrate as apply
-    from orchestrator.settings import load_settings
-
-    settings = load_settings()
-    with err.status("Migrating …"):
-        before, after = asyncio.run(apply(settings.database_url.get_secret_value()))
-    if before == after:
-        out.print(f"Nothing to do: the database is at migration {after}.", highlight=False)
-    else:
-        out.print(f"Migrated from {before or 'nothing'} to {after}.", highlight=False)
-
-
-@app.command()
-def config() -> None:
-    """Show the settings in force, secrets masked."""
-    from orchestrator.settings import Settings, load_settings
-
-    shown = load_settings().masked()
-    if not out.is_terminal:
-        for name, value in shown.items():
-            typer.echo(f"{name}={value}")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("variable", "in force", "meaning"):
-        table.add_column(column, overflow="fold")
-    for name, value in shown.items():
-        field = Settings.model_fields[name.removeprefix("ORCH_").lower()]
-        table.add_row(
-            f"[cyan]{name}[/]", _escaped(value) or "[dim]–[/]", f"[dim]{_escaped(field.description or '')}[/]"
-        )
-    out.print(table)
-
-
-app.command(name="reconcile")(reconcile)
-
-
-@audit_app.command()
-def verify() -> None:
-    """Check every chain of the audit log, its head, and that no row was left out. Exit code 1 when one is broken."""
-    from orchestrator import audit
-    from orchestrator.registry import Registry
-    from orchestrator.registry.database import Database
-    from orchestrator.settings import load_settings
-
-    settings = load_settings()
-
-    async def check() -> list[audit.ChainReport]:
-        database = Database(settings.database_url.get_secret_value(), size=2, pooler=settings.database_pooler)
-        await database.open()
-        try:
-            return await audit.verify(Registry(database).audit)
-        finally:
-            await database.close()
-
-    with err.status("Verifying …"):
-        reports = asyncio.run(check())
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("chain", "rows", "result"):
-        table.add_column(column, overflow="fold")
-    for report in reports:
-        result = "[green]ok[/]" if report.problem is None else f"[bold red]{_escaped(report.problem)}[/]"
-        table.add_row(report.chain, str(report.rows), result)
-    out.print(table if reports else "The audit log is empty.")
-    if any(report.problem for report in reports):
-        raise typer.Exit(1)
