@@ -17,6 +17,10 @@ from engine.errors import StartupError
 if TYPE_CHECKING:
     from types import FrameType
 
+    from engine.catalog import Catalog
+    from engine.responder import Responder
+    from engine.settings import Settings
+
 
 def main() -> int:
     started_at = time.monotonic()
@@ -55,7 +59,8 @@ def _run(started_at: float) -> None:
     lean_uvicorn.prepare()
 
     from engine.app import EngineApp
-    from engine.responder import LocalResponder
+    from engine.catalog import Catalog
+    from engine.sandbox import Sandbox
     from engine.server import serve
 
     try:
@@ -66,11 +71,23 @@ def _run(started_at: float) -> None:
         loop_factory = uvloop.new_event_loop
 
     async def run() -> None:
-        app = EngineApp(settings, keyring, brain, LocalResponder(), started_at=started_at)
+        catalog, sandbox = Catalog(), Sandbox()
+        responder = make_responder(settings, catalog)
+        app = EngineApp(settings, keyring, brain, responder, sandbox, loaded=catalog, started_at=started_at)
         await serve(app, brain, listener)
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(run())
+
+
+def make_responder(settings: Settings, catalog: Catalog) -> Responder:
+    if settings.llm is None:
+        from engine.responder import LocalResponder
+
+        return LocalResponder(missing=settings.llm_missing)
+    from engine.model import ModelResponder
+
+    return ModelResponder(settings.llm, catalog)
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

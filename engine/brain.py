@@ -43,10 +43,12 @@ def new_id() -> str:
 
 
 class Opened(NamedTuple):
-    """What the start found: the schema version, and how many turns a killed predecessor left unfinished."""
+    """What the start found; `interrupted_turns` is how many turns a killed predecessor left unfinished."""
 
     schema_version: int
     interrupted_turns: int
+    integrity: Literal["ok", "not checked"]
+    """A brain of more than CHECKED_AT_START_BYTES is not read through at every start."""
 
 
 class Brain:
@@ -56,7 +58,12 @@ class Brain:
         self.path = path
         self.failure: str | None = None
         """What the last failed operation said; None again after the next one that works."""
+        self.interrupted: list[tuple[str, str]] = []
+        """Task and turn of what a killed predecessor left unfinished; known once it is opened."""
         self._closing = False
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._resuming: asyncio.TimerHandle | None = None
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="brain")
         self._opening = self._thread.submit(self._open)
@@ -73,38 +80,92 @@ class Brain:
         With `replaces_message_id`, the turn of that message and all later ones leave the history in the same
         transaction; MessageNotFound when the history has no such message.
         """
-        return await self._run(lambda db: _begin_turn(db, task_id, turn_id, message, media, replaces_message_id))
+        return await self.write(lambda db: _begin_turn(db, task_id, turn_id, message, media, replaces_message_id))
 
     async def finish_turn(
         self, turn_id: str, status: TurnEnd, answer: str, *, input_tokens: int = 0, output_tokens: int = 0
     ) -> None:
         """Ends a turn and stores what was answered, a partial answer included."""
-        await self._run(lambda db: _finish_turn(db, turn_id, status, answer, input_tokens, output_tokens))
+        await self.write(lambda db: _finish_turn(db, turn_id, status, answer, input_tokens, output_tokens))
 
     async def history(self, task_id: str, limit: int) -> dict[str, Any]:
         """The newest `limit` turns of a task, oldest first, with their messages. TaskNotFound when it has none."""
-        return await self._run(lambda db: _history(db, task_id, limit))
+        return await self.read(lambda db: _history(db, task_id, limit))
+
+    async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """One consistent look at the brain, in its thread."""
+        return await self._submit(lambda: self._transaction(operation, "BEGIN"))
+
+    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """One transaction in the brain's thread: committed when this returns, undone when it raises.
+
+        Waits while the brain is quiesced.
+        """
+        while not self._writable.is_set():
+            await self._writable.wait()
+        return await self._submit(lambda: self._transaction(operation, "BEGIN IMMEDIATE"))
+
+    # --- quiescing --------------------------------------------------------------------------------------
+
+    @property
+    def quiesced(self) -> bool:
+        return not self._writable.is_set()
+
+    async def quiesce(self, ttl_s: float) -> None:
+        """From the return on, for `ttl_s` or until `resume`, the file alone is the whole brain and does not change.
+
+        Quiescing again counts the time anew.
+        """
+        self._writable.clear()
+        if self._resuming is not None:
+            self._resuming.cancel()
+        self._resuming = asyncio.get_running_loop().call_later(ttl_s, self.resume)
+        try:
+            # The thread works in order: writes that were let in before are done when this is.
+            await self._submit(self._fold)
+        except BrainFailed:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
+        self._writable.set()
 
     async def close(self) -> None:
         """Folds the write-ahead log into the file and lets go of it. An opening still under way is broken off."""
         if self._closing:
             return
         self._closing = True
-        await asyncio.wrap_future(self._thread.submit(self._close))
+        self.resume()
+        await self._submit(self._close)
         self._thread.shutdown()
 
-    async def _run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        """One transaction in the brain's thread: committed when this returns, undone when it raises."""
-        return await asyncio.wrap_future(self._thread.submit(self._transaction, operation))
+    async def _submit(self, work: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._thread.submit(work))
 
     # --- in the brain's thread --------------------------------------------------------------------------
 
-    def _transaction(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        db = self._connection
-        if db is None:
-            raise BrainFailed("The brain is not open.")
+    def _fold(self) -> None:
+        """The write-ahead log goes into the file and is emptied."""
         try:
-            db.execute("BEGIN IMMEDIATE")
+            busy, _, _ = self._connected().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as exc:
+            self.failure = str(exc)
+            raise BrainFailed(f"The write-ahead log could not be folded in: {exc}.") from exc
+        if busy:
+            raise BrainFailed("The write-ahead log could not be folded in: the brain is busy.")
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise BrainFailed("The brain is not open.")
+        return self._connection
+
+    def _transaction(self, operation: Callable[[sqlite3.Connection], T], begin: str) -> T:
+        db = self._connected()
+        try:
+            db.execute(begin)
             result = operation(db)
             db.execute("COMMIT")
         except sqlite3.Error as exc:
@@ -125,12 +186,15 @@ class Brain:
             )
             db.set_progress_handler(lambda: self._closing, LOOKS_UP_EVERY)
             _configure(db)
-            if self.path.stat().st_size <= CHECKED_AT_START_BYTES:
+            checked = self.path.stat().st_size <= CHECKED_AT_START_BYTES
+            if checked:
                 _check(db, self.path)
             version = migrate.bring_up_to_date(db, self.path, migrations)
-            interrupted = db.execute(
-                "UPDATE turns SET status = 'interrupted', ended_at = ? WHERE status = 'running'", (now_ms(),)
-            ).rowcount
+            self.interrupted = db.execute(
+                "UPDATE turns SET status = 'interrupted', ended_at = ? WHERE status = 'running'"
+                " RETURNING task_id, turn_id",
+                (now_ms(),),
+            ).fetchall()
             db.set_progress_handler(None, 0)
         except sqlite3.Error as exc:
             self._close()
@@ -138,7 +202,7 @@ class Brain:
         except BaseException:
             self._close()
             raise
-        return Opened(version, interrupted)
+        return Opened(version, len(self.interrupted), "ok" if checked else "not checked")
 
     def _close(self) -> None:
         if self._connection is not None:

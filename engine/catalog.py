@@ -41,7 +41,7 @@ _CALLED: dict[type, str] = {str: "a non-empty string", list: "a list of strings"
 Entry = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Catalog:
     agents: dict[str, Entry] = field(default_factory=dict)
     skills: dict[str, Entry] = field(default_factory=dict)
@@ -52,9 +52,18 @@ class Catalog:
     def is_empty(self) -> bool:
         return not (self.agents or self.skills or self.tools or self.soul)
 
+    def fill(self, loaded: Catalog) -> None:
+        """Takes over what was loaded; whoever holds this catalog sees it from now on."""
+        self.agents, self.skills, self.tools, self.soul = loaded.agents, loaded.skills, loaded.tools, loaded.soul
+
+
+def is_name(text: str) -> bool:
+    """Whether an agent, a skill or a tool may be called so."""
+    return _NAME.fullmatch(text) is not None
+
 
 def load(directory: Path) -> Catalog:
-    """Reads and checks a catalog. Raises CatalogError with the file, and the line where the JSON breaks."""
+    """Reads and checks a catalog. Raises CatalogError with the file and the line of what is wrong."""
     try:
         catalog = Catalog(
             agents=_entries(directory / "agents", _AGENT),
@@ -68,7 +77,8 @@ def load(directory: Path) -> Catalog:
         for kind, known in (("skills", catalog.skills), ("tools", catalog.tools)):
             for missing in (wanted for wanted in agent.get(kind, []) if wanted not in known):
                 path = directory / "agents" / f"{name}.json"
-                raise CatalogError(f"{path}: '{kind}' names {missing!r}, which this catalog does not have")
+                line = _line(path.read_text(encoding="utf-8-sig"), kind, agent[kind].index(missing))
+                raise CatalogError(f"{path}:{line}: '{kind}' names {missing!r}, which this catalog does not have")
     return catalog
 
 
@@ -82,7 +92,8 @@ def _entries(directory: Path, fields: _Fields) -> dict[str, Entry]:
         entry = _read(path, fields)
         name = entry["name"]
         if name != path.stem or not _NAME.fullmatch(name):
-            raise CatalogError(f"{path}: 'name' is {name!r}; it must be the file's name without .json")
+            line = _line(path.read_text(encoding="utf-8-sig"), "name")
+            raise CatalogError(f"{path}:{line}: 'name' is {name!r}; it must be the file's name without .json")
         entries[name] = entry
     return entries
 
@@ -97,21 +108,64 @@ def _read(path: Path, fields: _Fields) -> Entry:
     if len(raw) > MAX_FILE_BYTES:
         raise CatalogError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     try:
-        entry = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise CatalogError(f"{path}: not UTF-8 text") from None
+        text = raw.decode("utf-8-sig")
+        entry = json.loads(text)
+    except UnicodeDecodeError as exc:
+        line = 1 + raw[: exc.start].count(b"\n")
+        raise CatalogError(f"{path}:{line}: not UTF-8 text") from None
     except json.JSONDecodeError as exc:
         raise CatalogError(f"{path}:{exc.lineno}: not JSON ({exc.msg})") from None
     except RecursionError:
         raise CatalogError(f"{path}: nested too deeply") from None
     if not isinstance(entry, dict):
-        raise CatalogError(f"{path}: must be a JSON object")
+        raise CatalogError(f"{path}:1: must be a JSON object")
     for name, (kind, required) in fields.items():
         if name not in entry and not required:
             continue
         if not _is(kind, entry.get(name)):
-            raise CatalogError(f"{path}: '{name}' must be {_CALLED[kind]}")
+            raise CatalogError(
+                f"{path}:{_line(text, name, _wrong_item(entry.get(name)))}: '{name}' must be {_CALLED[kind]}"
+            )
     return entry
+
+
+def _wrong_item(value: object) -> int | None:
+    if not isinstance(value, list):
+        return None
+    return next((index for index, item in enumerate(value) if not isinstance(item, str)), None)
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _line(text: str, key: str, index: int | None = None) -> int:
+    """The line of a key's value in the text of a JSON object, or of one item of it; that of the object without it.
+
+    Of a key that is written twice it is the last one, which is the one that counts.
+    """
+
+    def skip(at: int) -> int:
+        found = _SPACE.match(text, at)
+        return at if found is None else found.end()
+
+    decode = json.JSONDecoder().raw_decode
+    place = opened = skip(0)
+    at = skip(opened + 1)
+    while text[at] != "}":
+        name, at = decode(text, at)
+        value = skip(skip(at) + 1)  # after the colon
+        if name == key:
+            place = value
+            if index is not None:
+                place = skip(value + 1)
+                for _ in range(index):
+                    _, end = decode(text, place)
+                    place = skip(skip(end) + 1)  # after the comma
+        _, at = decode(text, value)
+        at = skip(at)
+        if text[at] == ",":
+            at = skip(at + 1)
+    return 1 + text.count("\n", 0, place)
 
 
 def _is(kind: type, value: object) -> bool:

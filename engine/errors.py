@@ -6,10 +6,11 @@
       BrainError                                      4
         BrainInUse  BrainCorrupt  MigrationRequired
     EngineError                  becomes an answer: {"error", "message", "details"} and a status
-      InvalidKey  InvalidRequest  PayloadTooLarge  NotFound  MethodNotAllowed
+      InvalidKey  PermissionDenied  InvalidRequest  PayloadTooLarge  NotFound  MethodNotAllowed
       TaskNotFound  MessageNotFound  SkillNotFound
-      TaskBusy  StaleGeneration
+      TaskBusy  HitlRequired  TurnInFlight  SkillExists  StaleGeneration  BundleTooNew
       Starting  Draining
+      LlmProviderError  LlmRateLimited  ContextOverflow
       TurnInterrupted  BrainFailed  InternalError
 
 Messages are one line, say what to change, and never contain a key.
@@ -83,6 +84,13 @@ class InvalidKey(EngineError):
         super().__init__("X-Engine-Key is missing or not valid.")
 
 
+class PermissionDenied(EngineError):
+    """The key is valid, but this is not to be changed over HTTP."""
+
+    code = "PERMISSION_DENIED"
+    status = 403
+
+
 class InvalidRequest(EngineError):
     """The request itself is wrong; `field` in the details names what to change, where there is one."""
 
@@ -94,8 +102,8 @@ class PayloadTooLarge(EngineError):
     code = "PAYLOAD_TOO_LARGE"
     status = 413
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"The body is larger than {limit} bytes.", limit=limit)
+    def __init__(self, limit: int, what: str = "The body") -> None:
+        super().__init__(f"{what} is larger than {limit} bytes.", limit=limit)
 
 
 class NotFound(EngineError):
@@ -119,8 +127,8 @@ class TaskNotFound(EngineError):
     code = "TASK_NOT_FOUND"
     status = 404
 
-    def __init__(self, task_id: str) -> None:
-        super().__init__("This task has no turns.", task_id=task_id)
+    def __init__(self, task_id: str, message: str = "This task has no turns.") -> None:
+        super().__init__(message, task_id=task_id)
 
 
 class MessageNotFound(EngineError):
@@ -136,7 +144,7 @@ class SkillNotFound(EngineError):
     status = 404
 
     def __init__(self, name: str) -> None:
-        super().__init__("The catalog has no such skill.", name=name)
+        super().__init__("There is no such skill, neither in the catalog nor of the user's own.", name=name)
 
 
 class TaskBusy(EngineError):
@@ -145,6 +153,49 @@ class TaskBusy(EngineError):
 
     def __init__(self, task_id: str) -> None:
         super().__init__("A turn of this task is still running.", task_id=task_id)
+
+
+class HitlRequired(EngineError):
+    """The task's turn waits for a person: `POST /hitl/respond` first."""
+
+    code = "HITL_REQUIRED"
+    status = 409
+
+    def __init__(self, task_id: str, request_id: str) -> None:
+        super().__init__(
+            "A turn of this task waits for an answer to /hitl/respond.", task_id=task_id, request_id=request_id
+        )
+
+
+class TurnInFlight(EngineError):
+    code = "TURN_IN_FLIGHT"
+    status = 409
+    retry_after_s = 1
+
+    def __init__(self, in_flight: int) -> None:
+        super().__init__("The engine cannot be quiesced while a turn is in flight.", in_flight=in_flight)
+
+
+class SkillExists(EngineError):
+    code = "SKILL_EXISTS"
+    status = 409
+
+    def __init__(self, name: str) -> None:
+        super().__init__("There is a skill of this name already.", name=name)
+
+
+class BundleTooNew(EngineError):
+    """What a newer engine exported."""
+
+    code = "MIGRATION_REQUIRED"
+    status = 409
+
+    def __init__(self, version: int, known: int) -> None:
+        super().__init__(
+            f"The bundle has format {version}, this engine knows up to {known}: import it with a newer engine.",
+            version=version,
+            known=known,
+        )
 
 
 class StaleGeneration(EngineError):
@@ -175,12 +226,31 @@ class Draining(EngineError):
         super().__init__("The engine is shutting down and takes no new turns.")
 
 
+class LlmProviderError(EngineError):
+    """The model's provider did not answer, or not as agreed."""
+
+    code = "LLM_PROVIDER_ERROR"
+    status = 502
+
+
+class LlmRateLimited(EngineError):
+    code = "LLM_RATE_LIMITED"
+    status = 429
+
+
+class ContextOverflow(EngineError):
+    """The conversation is longer than the model takes."""
+
+    code = "CONTEXT_OVERFLOW"
+    status = 400
+
+
 class TurnInterrupted(EngineError):
     code = "TURN_INTERRUPTED"
     status = 503
 
     def __init__(self) -> None:
-        super().__init__("The engine shut down before this turn was finished.")
+        super().__init__("The engine stopped before this turn was finished.")
 
 
 class BrainFailed(EngineError):

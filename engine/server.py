@@ -99,6 +99,7 @@ async def serve(app: EngineApp, brain: Brain, listener: socket.socket) -> None:
     finally:
         server.stop()
         await serving
+        await app.close()
         await brain.close()
     logger.info("stopped")
 

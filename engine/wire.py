@@ -49,31 +49,34 @@ class Request:
         values = parse_qs(self._scope["query_string"].decode("latin-1"), keep_blank_values=True).get(name)
         return values[-1] if values else None
 
-    async def json_object(self) -> dict[str, Any]:
-        """The body as a JSON object. Never holds more than MAX_BODY_BYTES of it."""
+    async def json_object(self, limit: int = MAX_BODY_BYTES, *, optional: bool = False) -> dict[str, Any]:
+        """The body as a JSON object. Never holds more than `limit` bytes of it. `optional`: no body is {}."""
         import orjson  # Not needed to become healthy.
 
+        raw = await self._body(limit)
+        if optional and not raw:
+            return {}
         try:
             # Refuses what others let through: NaN, lone surrogates, invalid UTF-8, bottomless nesting.
-            value = orjson.loads(await self._body())
+            value = orjson.loads(raw)
         except orjson.JSONDecodeError as exc:
             raise InvalidRequest(f"The body is not valid JSON: {exc}.") from None
         if not isinstance(value, dict):
             raise InvalidRequest("The body must be a JSON object.")
         return value
 
-    async def _body(self) -> bytes:
+    async def _body(self, limit: int) -> bytes:
         announced = self.header(b"content-length")
-        if announced is not None and announced.isdigit() and int(announced) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(MAX_BODY_BYTES)
+        if announced is not None and announced.isdigit() and int(announced) > limit:
+            raise PayloadTooLarge(limit)
         body = bytearray()
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             body += message.get("body", b"")
-            if len(body) > MAX_BODY_BYTES:
-                raise PayloadTooLarge(MAX_BODY_BYTES)
+            if len(body) > limit:
+                raise PayloadTooLarge(limit)
             if not message.get("more_body", False):
                 return bytes(body)
 
@@ -96,13 +99,16 @@ async def is_gone(hang_up: asyncio.Task[None]) -> bool:
 class Response:
     status: int
     payload: object = None
+    """Sent as JSON; bytes are sent as they are."""
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    content_type: bytes = b"application/json"
 
     async def send(self, send: Send) -> None:
-        body = b"" if self.payload is None else to_json(self.payload)
+        payload = self.payload
+        body = payload if isinstance(payload, bytes) else b"" if payload is None else to_json(payload)
         headers = [*self.headers]
-        if self.payload is not None:
-            headers.append((b"content-type", b"application/json"))
+        if payload is not None:
+            headers.append((b"content-type", self.content_type))
         if self.status != 204:
             headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": self.status, "headers": headers})

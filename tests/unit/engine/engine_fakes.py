@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from engine.responder import Prompt, Usage
+    from engine.responder import Desk, Prompt, Thinking, ToolSpec, Usage
 
 
 def sha256(text: str) -> str:
@@ -40,10 +40,38 @@ class Clock:
 
 
 @dataclass
+class FakeDesk:
+    """A desk without a turn: it notes what is done at it."""
+
+    past: list[dict[str, Any]] = field(default_factory=list)
+    specs: list[ToolSpec] = field(default_factory=list)
+    results: dict[str, str] = field(default_factory=dict)
+    calls: list[tuple[str, str, str]] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    async def history(self) -> list[dict[str, Any]]:
+        return self.past
+
+    async def tools(self) -> list[ToolSpec]:
+        return self.specs
+
+    async def call(self, call_id: str, name: str, arguments: str) -> str:
+        self.calls.append((call_id, name, arguments))
+        return self.results[name]
+
+    def publish(self, kind: str, data: dict[str, Any]) -> None:
+        self.events.append((kind, data))
+
+
+def no_desk(_turn: object) -> Desk:
+    return FakeDesk()
+
+
+@dataclass
 class ScriptedResponder:
     """Yields `items`, but waits for `go` before the last of them; raises what it finds among them."""
 
-    items: list[str | Usage | Exception]
+    items: list[str | Thinking | Usage | Exception]
     go: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: asyncio.Event = field(default_factory=asyncio.Event)
     prompts: list[Prompt] = field(default_factory=list)
@@ -51,7 +79,10 @@ class ScriptedResponder:
     def health(self) -> dict[str, Any]:
         return {"status": "ok", "provider": "scripted"}
 
-    async def respond(self, prompt: Prompt) -> AsyncIterator[str | Usage]:
+    async def close(self) -> None:
+        pass
+
+    async def respond(self, prompt: Prompt, desk: Desk) -> AsyncIterator[str | Thinking | Usage]:
         self.prompts.append(prompt)
         for position, item in enumerate(self.items):
             if position == len(self.items) - 1:

@@ -17,6 +17,7 @@ from engine.brain import Brain
 from engine.errors import BrainCorrupt, CatalogError
 from engine.keys import KeyRecord, Keyring
 from engine.responder import Usage
+from engine.sandbox import Sandbox
 from engine.settings import Settings
 from tests.unit.engine.engine_fakes import ScriptedResponder, parse_events, sha256
 
@@ -49,7 +50,7 @@ class Engine:
 
     def rebuild(self, settings: Settings) -> None:
         keyring = Keyring(KeyRecord(settings.key_hash, settings.key_generation))
-        self.app = EngineApp(settings, keyring, self.brain, self.responder)
+        self.app = EngineApp(settings, keyring, self.brain, self.responder, Sandbox("no-such-bwrap"))
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url="http://engine")
 
     async def get(self, path: str, **headers: str) -> httpx.Response:
@@ -69,6 +70,7 @@ async def starting(tmp_path: Path) -> AsyncIterator[Engine]:
     engine = Engine(tmp_path)
     yield engine
     await engine.client.aclose()
+    await engine.app.close()
     await engine.brain.close()
 
 
@@ -98,7 +100,12 @@ class TestHealth:
         assert body["status"] == "ok"
         assert isinstance(body["uptime_seconds"], float)
         subsystems = body["subsystems"]
-        assert subsystems["brain"] == {"status": "ok", "schema_version": 1, "interrupted_turns": 0}
+        assert subsystems["brain"] == {
+            "status": "ok",
+            "schema_version": 2,
+            "interrupted_turns": 0,
+            "integrity": "ok",
+        }
         assert (subsystems["catalog"]["status"], subsystems["catalog"]["agents"]) == ("ok", 4)
         assert subsystems["llm"]["status"] == "ok"
         assert subsystems["engine"]["image"] == "september-engine:1.2"

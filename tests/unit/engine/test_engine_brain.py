@@ -161,7 +161,7 @@ class TestOpening:
         def pragmas(db: sqlite3.Connection) -> list[object]:
             return [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
 
-        assert await brain._run(pragmas) == ["wal", 2]
+        assert await brain.read(pragmas) == ["wal", 2]
 
     async def test_closing_folds_the_log_into_the_file(self, brain: Brain, path: Path) -> None:
         await turn(brain, "t1")
@@ -228,7 +228,7 @@ class TestMigrations:
             migrate.known(tmp_path)
 
     def test_the_shipped_ones_are(self) -> None:
-        assert [migration.version for migration in migrate.known()] == [1]
+        assert [migration.version for migration in migrate.known()] == [1, 2]
 
     def test_only_what_is_missing_is_applied(self, tmp_path: Path) -> None:
         (tmp_path / "0001_a.sql").write_text("CREATE TABLE a (x);")

@@ -59,6 +59,16 @@ def test_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("agents/a.json", '{\n"name": "a",\n"prompt" "p"}', r"a\.json:3: not JSON"),
+        ("agents/a.json", '{\n"name": "a",\n"description": 5, "prompt": "p"}', r"a\.json:3: 'description' must"),
+        ("agents/a.json", '{\n\n"name": "a"}', r"a\.json:1: 'description' must"),
+        (
+            "agents/a.json",
+            '{"name": "a", "description": "d", "prompt": "p",\n"skills" : [\n"s", "\\"",\n 3]}',
+            r"a\.json:4: 'skills' must",
+        ),
+        ("agents/a.json", '{"name": "a", "description": "d", "prompt": "p",\n"tools":\n["x"]}', r"a\.json:3: 'tools'"),
+        ("agents/b.json", '\n{"description": "d",\n"prompt": "p", "name": "a"}', r"b\.json:3: 'name' is 'a'"),
+        ("agents/a.json", b'{\n"name": "\xff"}', r"a\.json:2: not UTF-8"),
         ("agents/a.json", "", r"a\.json:1: not JSON"),
         ("agents/a.json", b"\xff", "not UTF-8"),
         ("agents/a.json", "[" * 100_000, "nested too deeply"),

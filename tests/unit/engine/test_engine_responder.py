@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.responder import LocalResponder, Prompt, Usage
+from tests.unit.engine.engine_fakes import FakeDesk
 
 
 async def answer(message: str, turn_number: int = 1) -> tuple[list[str], Usage, list[float]]:
@@ -11,7 +12,7 @@ async def answer(message: str, turn_number: int = 1) -> tuple[list[str], Usage, 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    items = [item async for item in LocalResponder(sleep).respond(Prompt("task", turn_number, message))]
+    items = [item async for item in LocalResponder(sleep).respond(Prompt("task", turn_number, message), FakeDesk())]
     usage = items.pop()
     assert isinstance(usage, Usage)
     return [item for item in items if isinstance(item, str)], usage, slept
@@ -61,7 +62,26 @@ async def test_slow_turns(message: str, sleeps: list[float]) -> None:
 
 async def test_a_slow_turn_says_something_before_it_waits() -> None:
     responder = LocalResponder()
-    stream = responder.respond(Prompt("task", 1, "/slow 300"))
+    stream = responder.respond(Prompt("task", 1, "/slow 300"), FakeDesk())
     first = await anext(stream)
     assert isinstance(first, str)
     assert "slow turn of 300 s" in first
+
+
+async def test_a_tool_on_request() -> None:
+    desk = FakeDesk(results={"bash": "hello"})
+    prompt = Prompt("task", 3, '/tool bash {"command": "echo hello"}')
+    items = [item async for item in LocalResponder().respond(prompt, desk)]
+    assert desk.calls == [("local-3", "bash", '{"command": "echo hello"}')]
+    assert "".join(item for item in items if isinstance(item, str)).endswith("It said: hello")
+
+
+async def test_no_tool_where_a_direct_answer_is_wanted() -> None:
+    desk = FakeDesk()
+    prompt = Prompt("task", 1, "/tool bash {}", direct=True)
+    assert [item async for item in LocalResponder().respond(prompt, desk)]
+    assert desk.calls == []
+
+
+def test_says_what_is_missing_for_a_model() -> None:
+    assert "LLM_MODEL is not set" in LocalResponder(missing="LLM_MODEL").health()["detail"]

@@ -10,7 +10,7 @@ from engine.brain import Brain
 from engine.errors import BrainFailed, Draining, MessageNotFound, TaskBusy, TurnInterrupted
 from engine.responder import Usage
 from engine.turns import Turn, TurnRequest, TurnRunner
-from tests.unit.engine.engine_fakes import Clock, ScriptedResponder, parse_events
+from tests.unit.engine.engine_fakes import Clock, ScriptedResponder, no_desk, parse_events
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,14 +42,16 @@ async def stored(brain: Brain) -> tuple[str, list[str]]:
 
 async def test_the_events_of_a_turn(brain: Brain) -> None:
     responder = scripted()
-    runner = TurnRunner(brain, responder, Activity())
+    runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
     turn = await runner.start(HELLO)
     responder.go.set()
     seen = await events(turn)
     assert [kind for kind, _ in seen] == [
         "thread_lifecycle",
+        "content_block_start",
         "text_delta",
         "text_delta",
+        "content_block_stop",
         "usage",
         "thread_lifecycle",
     ]
@@ -59,13 +61,13 @@ async def test_the_events_of_a_turn(brain: Brain) -> None:
         assert (data["task_id"], data["turn_id"]) == ("task", turn.turn_id)
         assert isinstance(data["timestamp"], int)
     assert "".join(data["text"] for kind, data in seen if kind == "text_delta") == "one two"
-    assert seen[3][1] == {"input_tokens": 1, "output_tokens": 2, "cache_hit_tokens": 0}
+    assert seen[-2][1] == {"input_tokens": 1, "output_tokens": 2, "cache_hit_tokens": 0}
     assert await stored(brain) == ("completed", ["hello", "one two"])
 
 
 async def test_late_and_several_listeners_hear_all_of_it(brain: Brain) -> None:
     responder = scripted()
-    turn = await TurnRunner(brain, responder, Activity()).start(HELLO)
+    turn = await TurnRunner(brain, responder, Activity(), desk=no_desk).start(HELLO)
     await responder.waiting.wait()
     early = asyncio.create_task(events(turn))
     responder.go.set()
@@ -74,7 +76,7 @@ async def test_late_and_several_listeners_hear_all_of_it(brain: Brain) -> None:
 
 async def test_heartbeats_while_nothing_else_happens(brain: Brain) -> None:
     responder = scripted()
-    turn = await TurnRunner(brain, responder, Activity()).start(HELLO)
+    turn = await TurnRunner(brain, responder, Activity(), desk=no_desk).start(HELLO)
     await responder.waiting.wait()
     stream = turn.follow(heartbeat_after_s=0.001)
     await anext(stream)
@@ -83,6 +85,7 @@ async def test_heartbeats_while_nothing_else_happens(brain: Brain) -> None:
     assert data["turn_id"] == turn.turn_id
     responder.go.set()
     assert [kind async for chunk in stream for kind, _ in parse_events(chunk) if kind != "heartbeat"] == [
+        "content_block_stop",
         "usage",
         "thread_lifecycle",
     ]
@@ -90,7 +93,7 @@ async def test_heartbeats_while_nothing_else_happens(brain: Brain) -> None:
 
 async def test_a_turn_needs_no_listener(brain: Brain) -> None:
     responder = scripted()
-    runner = TurnRunner(brain, responder, Activity())
+    runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
     turn = await runner.start(HELLO)
     stream = turn.follow()
     await anext(stream)
@@ -102,7 +105,7 @@ async def test_a_turn_needs_no_listener(brain: Brain) -> None:
 
 async def test_a_busy_task_is_refused_and_free_again_with_the_last_event(brain: Brain) -> None:
     responder = scripted()
-    runner = TurnRunner(brain, responder, Activity())
+    runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
     first = await runner.start(HELLO)
     with pytest.raises(TaskBusy):
         await runner.start(HELLO)
@@ -119,7 +122,7 @@ async def test_a_busy_task_is_refused_and_free_again_with_the_last_event(brain: 
 async def test_of_simultaneous_starts_one_wins(brain: Brain) -> None:
     responder = scripted()
     responder.go.set()
-    runner = TurnRunner(brain, responder, Activity())
+    runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
     results = await asyncio.gather(*(runner.start(HELLO) for _ in range(20)), return_exceptions=True)
     assert sum(isinstance(result, Turn) for result in results) == 1
     assert sum(isinstance(result, TaskBusy) for result in results) == 19
@@ -129,12 +132,19 @@ async def test_of_simultaneous_starts_one_wins(brain: Brain) -> None:
 async def test_a_responder_that_breaks_ends_its_turn_only(brain: Brain) -> None:
     responder = scripted("half an ans", RuntimeError("secret detail"))
     responder.go.set()
-    runner = TurnRunner(brain, responder, Activity())
+    runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
     seen = await events(await runner.start(HELLO))
-    assert [kind for kind, _ in seen] == ["thread_lifecycle", "text_delta", "thread_lifecycle", "error"]
-    assert seen[2][1]["phase"] == "errored"
-    assert set(seen[3][1]) == {"error", "message", "details"}
-    assert seen[3][1]["error"] == "INTERNAL_ERROR"
+    assert [kind for kind, _ in seen] == [
+        "thread_lifecycle",
+        "content_block_start",
+        "text_delta",
+        "content_block_stop",
+        "thread_lifecycle",
+        "error",
+    ]
+    assert seen[-2][1]["phase"] == "errored"
+    assert set(seen[-1][1]) == {"error", "message", "details"}
+    assert seen[-1][1]["error"] == "INTERNAL_ERROR"
     assert "secret detail" not in str(seen)
     assert await stored(brain) == ("failed", ["hello", "half an ans"])
 
@@ -147,7 +157,7 @@ async def test_an_end_that_cannot_be_stored_is_not_announced_as_completed(
 
     responder = scripted()
     responder.go.set()
-    runner = TurnRunner(brain, responder, Activity())
+    runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
     monkeypatch.setattr(brain, "finish_turn", full_disk)
     seen = await events(await runner.start(HELLO))
     assert seen[-1] == (
@@ -162,7 +172,7 @@ async def test_an_end_that_cannot_be_stored_is_not_announced_as_completed(
 class TestDrain:
     async def test_waits_for_turns_in_flight_and_refuses_new_ones(self, brain: Brain) -> None:
         responder = scripted()
-        runner = TurnRunner(brain, responder, Activity())
+        runner = TurnRunner(brain, responder, Activity(), desk=no_desk)
         turn = await runner.start(HELLO)
         await responder.waiting.wait()
         draining = asyncio.create_task(runner.drain(60))
@@ -177,15 +187,17 @@ class TestDrain:
     async def test_interrupts_what_is_left_and_says_so_to_listener_and_brain(self, brain: Brain) -> None:
         responder = scripted()
         activity = Activity()
-        runner = TurnRunner(brain, responder, activity)
+        runner = TurnRunner(brain, responder, activity, desk=no_desk)
         turn = await runner.start(HELLO)
         await responder.waiting.wait()
         assert await runner.drain(0) == 1
         seen = await events(turn)
         assert [kind for kind, _ in seen] == [
             "thread_lifecycle",
+            "content_block_start",
             "text_delta",
             "text_delta",
+            "content_block_stop",
             "thread_lifecycle",
             "error",
         ]
@@ -204,7 +216,7 @@ class TestDrain:
             raise AssertionError
 
         monkeypatch.setattr(brain, "begin_turn", hanging)
-        runner = TurnRunner(brain, scripted(), Activity())
+        runner = TurnRunner(brain, scripted(), Activity(), desk=no_desk)
         starting = asyncio.create_task(runner.start(HELLO))
         await reached.wait()
         assert await runner.drain(0) == 1
@@ -219,7 +231,7 @@ class TestActivity:
         clock.now = 160.0
         assert activity.snapshot() == {"in_flight": 0, "idle_seconds": 60.0}
         responder = scripted()
-        runner = TurnRunner(brain, responder, activity)
+        runner = TurnRunner(brain, responder, activity, desk=no_desk)
         starting = asyncio.create_task(runner.start(HELLO))
         await asyncio.sleep(0)
         assert activity.snapshot() == {"in_flight": 1, "idle_seconds": 0.0}
@@ -234,7 +246,7 @@ class TestActivity:
         clock = Clock(100.0)
         activity = Activity(clock)
         clock.now = 160.0
-        runner = TurnRunner(brain, scripted(), activity)
+        runner = TurnRunner(brain, scripted(), activity, desk=no_desk)
         with pytest.raises(MessageNotFound):
             await runner.start(TurnRequest("task", "hello", replaces_message_id="unknown"))
         assert activity.snapshot() == {"in_flight": 0, "idle_seconds": 60.0}
