@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from orchestrator import metrics
+
 if TYPE_CHECKING:
     from orchestrator.registry.audit import AuditRegistry
     from orchestrator.registry.rows import AuditRow
@@ -81,9 +83,12 @@ async def sequence(registry: AuditRegistry) -> int:
     """Place every committed row of every chain that nobody else works on; returns how many."""
     placed = 0
     for chain in await registry.unsequenced_chains():
-        while count := await registry.place(chain, _place):
-            placed += count
-            if count < 1000:
+        while rows := await registry.place(chain, _place):
+            placed += len(rows)
+            for row in rows:  # each is placed once, by one process: what is counted here is counted once
+                if row.product_id is not None:
+                    metrics.restarted(row.product_id, row.action)
+            if len(rows) < 1000:
                 break
     return placed
 

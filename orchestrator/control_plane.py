@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from orchestrator import audit
+from orchestrator import audit, metrics
 from orchestrator.activity import ActivityRecorder
 from orchestrator.backends import load_backend
 from orchestrator.discovery import Discovery
@@ -23,6 +23,7 @@ from orchestrator.lifecycle import Flights, Healing, Lifecycle
 from orchestrator.lifecycle.ceilings import CeilingsKeeper
 from orchestrator.lifecycle.leases import LeaseKeeper
 from orchestrator.lifecycle.means import Means
+from orchestrator.lifecycle.metered import metered
 from orchestrator.loops import reconcile
 from orchestrator.loops.health import HealthLoop, RestartLoop
 from orchestrator.loops.idle import IdleLoop
@@ -95,6 +96,7 @@ class ControlPlane:
         await self.database.open()
         self.deployment_id = await self.registry.deployment_id()
         self.keyring.require(await self.registry.engines.master_key_ids())
+        metrics.configure(settings.engine_backend)
         self.backend = load_backend(settings, self.deployment_id)
         await self.backend.open()
         location_id = await self.backend.location_id()
@@ -106,7 +108,7 @@ class ControlPlane:
         self.means = Means(
             settings,
             self.registry,
-            self.backend,
+            metered(self.backend),
             self.http,
             self.keyring,
             location_id,
@@ -149,6 +151,7 @@ class ControlPlane:
                 Loop("webhooks", 0.5, self.webhooks.round),
                 Loop("rewrap", 1, self.rewrap.round),
                 Loop("offboarding", 5, self.offboarding.round),
+                Loop("metrics", 1, self._measure),
                 Loop("housekeeping", 60, self._housekeeping),
             ]
         )
@@ -162,6 +165,12 @@ class ControlPlane:
                 "The registry has engines, but none of them lives here: this is another data root or Docker daemon "
                 "(ORCH_DATA_ROOT, DOCKER_HOST) than the one they were made on."
             )
+
+    async def _measure(self) -> None:
+        for loop in self.loops.loops:
+            metrics.loop_lag(loop.name, loop.lag_s)
+        if metrics.waits_for_products():
+            metrics.know_products(await self.registry.fleet.slugs())
 
     async def _housekeeping(self) -> None:
         await self.registry.rate.repair()

@@ -20,7 +20,7 @@ import orjson
 import structlog
 from yarl import URL
 
-from orchestrator import __version__
+from orchestrator import __version__, metrics
 from orchestrator.audit import event_of
 from orchestrator.errors import InvalidRequest, OrchestratorError
 from orchestrator.registry.rows import Attempt
@@ -161,6 +161,7 @@ class Webhooks:
                 leased_at = time.monotonic()
                 if not await self._registry.webhooks.record(hook, attempt, lease_s=LEASE_S):
                     return None
+                metrics.delivered(hook.product_id, "failed" if attempt.status == "pending" else attempt.status)
                 if attempt.status == "pending":
                     return None
                 seq, attempts = row.seq, 0

@@ -21,6 +21,7 @@ from orchestrator.api.routes import (
     keys,
     lifecycle,
     logs,
+    prometheus,
     timeline,
     webhooks,
 )
@@ -64,7 +65,20 @@ def create_app(plane: ControlPlane, *, manage_plane: bool = False) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.plane = plane
-    for routes in (health, lifecycle, timeline, logs, discovery, fleet, audit, events, webhooks, admin, keys):
+    for routes in (
+        health,
+        lifecycle,
+        timeline,
+        logs,
+        discovery,
+        fleet,
+        audit,
+        events,
+        webhooks,
+        admin,
+        keys,
+        prometheus,
+    ):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(RequestMiddleware, admit=discovery.admit)

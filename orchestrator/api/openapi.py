@@ -82,11 +82,14 @@ def _document(app: FastAPI) -> dict[str, Any]:
     components["securitySchemes"] = {
         "platform": {"type": "apiKey", "in": "header", "name": "X-Platform-Key"},
         "admin": {"type": "apiKey", "in": "header", "name": "X-Admin-Key"},
+        "bearer": {"type": "http", "scheme": "bearer", "description": "an admin key"},
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            if path == "/health":
+            if path == "/prometheus":
+                operation["security"] = [{"admin": []}, {"bearer": []}]
+            elif path == "/health":
                 operation["security"] = []
             elif path.startswith(("/products", "/admin/")):
                 operation["security"] = [{"admin": []}]

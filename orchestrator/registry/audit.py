@@ -47,24 +47,24 @@ class AuditRegistry:
 
     async def place(
         self, chain: str, place: Callable[[int, str, list[AuditRow]], list[tuple[int, int, str, str]]]
-    ) -> int:
-        """Give positions to up to 1,000 committed rows of a chain; returns how many, 0 also when another works.
+    ) -> list[AuditRow]:
+        """Give positions to up to 1,000 committed rows of a chain; returns them, none also when another works.
 
         `place(head_seq, head_hash, rows)` returns `(id, seq, prev_hash, hash)` for each row, in order.
         """
         async with self._database.transaction(timeout_s=10) as connection:
             if not await connection.fetchval(sql("lock_chain"), chain):
-                return 0
+                return []
             head = await connection.fetchrow(sql("chain_head"), chain)
             rows = [AuditRow.of(row) for row in await connection.fetch(sql("unsequenced_rows"), chain)]
             if not rows:
-                return 0
+                return []
             placed = place(head["seq"] if head else 0, head["hash"] if head else "", rows)
             columns = (list(column) for column in zip(*placed, strict=True))
             last = await connection.fetchval(sql("take_positions"), len(placed))
             await connection.execute(sql("place_rows"), *columns, last - len(placed))
             await connection.execute(sql("set_chain_head"), chain, placed[-1][1], placed[-1][3])
-            return len(placed)
+            return rows
 
     async def heads(self) -> list[AuditHead]:
         """The head of every chain that has one, or has rows."""
