@@ -352,6 +352,7 @@ async def test_methods(served: Served, caller: Caller) -> None:
         "/status": {"GET"},
         "/metrics": {"GET"},
         "/audit": {"GET"},
+        "/prometheus": {"GET"},
         "/events": {"GET"},
         "/webhooks": {"GET", "POST"},
         "/webhooks/x": {"DELETE"},

@@ -33,7 +33,7 @@ FORMATS: dict[str, Callable[[str], object]] = {"uuid": UUID, "date-time": dateti
 
 NOBODYS_ID = UUID("0a8f1f4e-98b8-4a35-9d3c-0e8f5f5a4c11")
 
-OTHER_CONTENT = {"/events": "text/event-stream"}
+OTHER_CONTENT = {"/events": "text/event-stream", "/prometheus": "text/plain"}
 
 
 class Document:
@@ -255,6 +255,8 @@ async def test_every_answer_is_as_documented(served: Served, api: Api, admin: Ap
     await call("GET", f"/webhooks/{hook[1]['webhook_id']}/deliveries")
     await call("DELETE", f"/webhooks/{hook[1]['webhook_id']}")
     await call("DELETE", f"/webhooks/{hook[1]['webhook_id']}")
+    scrape = await admin.client.get("/prometheus")
+    document.visited.add(("get", "/prometheus", scrape.status_code))
     await as_admin("GET", "/products")
     keys = f"/products/{api.headers['product_id']}/keys"
     issued = await as_admin("POST", keys, {"scopes": ["read"], "expires_at": "2099-01-01T00:00:00Z"})
