@@ -152,6 +152,7 @@ class ControlPlane:
                 Loop("rewrap", 1, self.rewrap.round),
                 Loop("offboarding", 5, self.offboarding.round),
                 Loop("metrics", 1, self._measure),
+                Loop("retention", 300, self._retire),
                 Loop("housekeeping", 60, self._housekeeping),
             ]
         )
@@ -165,6 +166,12 @@ class ControlPlane:
                 "The registry has engines, but none of them lives here: this is another data root or Docker daemon "
                 "(ORCH_DATA_ROOT, DOCKER_HOST) than the one they were made on."
             )
+
+    async def _retire(self) -> None:
+        if self.settings.audit_retention_days:
+            removed = await audit.retire(self.registry.audit, self.settings.audit_retention_days)
+            if removed:
+                log.info("audit_rows_retired", rows=removed)
 
     async def _measure(self) -> None:
         for loop in self.loops.loops:

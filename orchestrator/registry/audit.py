@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.registry.database import Database, sql
@@ -12,10 +13,32 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-__all__ = ["AuditRegistry"]
+    from orchestrator.registry.database import Connection
+
+__all__ = ["AuditRegistry", "AuditSnapshot"]
 
 PAGE = 1000
+SNAPSHOT_TIMEOUT_S = 3600.0
 PAGE_TIMEOUT_S = 10.0  # a filter that few rows pass may have to look at many
+
+
+class AuditSnapshot:
+    """The audit log as it was at one moment."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def heads(self) -> list[AuditHead]:
+        """The head of every chain that has one, or has rows."""
+        return [AuditHead(**dict(row)) for row in await self._connection.fetch(sql("chain_heads"))]
+
+    async def sequenced(self, chain: str) -> AsyncIterator[AuditRow]:
+        """The rows of one chain in order, read a page at a time."""
+        after = 0
+        while page := await self._connection.fetch(sql("sequenced_rows"), chain, after, PAGE):
+            for record in page:
+                yield AuditRow.of(record)
+            after = page[-1]["seq"]
 
 
 class AuditRegistry:
@@ -66,17 +89,26 @@ class AuditRegistry:
             await connection.execute(sql("set_chain_head"), chain, placed[-1][1], placed[-1][3])
             return rows
 
-    async def heads(self) -> list[AuditHead]:
-        """The head of every chain that has one, or has rows."""
-        return [AuditHead(**dict(row)) for row in await self._database.fetch(sql("chain_heads"), timeout_s=30)]
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[AuditSnapshot]:
+        """All chains as they are now, whatever is sequenced or removed while they are read."""
+        async with self._database.transaction(timeout_s=SNAPSHOT_TIMEOUT_S, snapshot=True) as connection:
+            yield AuditSnapshot(connection)
 
-    async def sequenced(self, chain: str) -> AsyncIterator[AuditRow]:
-        """The rows of one chain in order, read a page at a time."""
-        after = 0
-        while page := await self._database.fetch(sql("sequenced_rows"), chain, after, PAGE, timeout_s=30):
-            for record in page:
-                yield AuditRow.of(record)
-            after = page[-1]["seq"]
+    async def retire(self, chain: str, keep_days: int) -> int:
+        """Remove up to 5,000 rows older than that from the beginning of a chain; how many.
+
+        The anchor moves to the last of them and the lifetime totals take them up, in the same transaction. A row that
+        a webhook has still to deliver stays. 0 also when a sequencer works on the chain just now.
+        """
+        async with self._database.transaction(timeout_s=30) as connection:
+            if not await connection.fetchval(sql("lock_chain"), chain):
+                return 0
+            return int(await connection.fetchval(sql("retire_rows"), chain, keep_days))
+
+    async def chains(self) -> list[str]:
+        """Every chain that has a head."""
+        return [row["chain"] for row in await self._database.fetch(sql("chains"))]
 
     async def page(
         self,
