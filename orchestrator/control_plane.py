@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from orchestrator import audit
+from orchestrator import audit, metrics
 from orchestrator.activity import ActivityRecorder
 from orchestrator.backends import load_backend
 from orchestrator.discovery import Discovery
@@ -23,6 +23,7 @@ from orchestrator.lifecycle import Flights, Healing, Lifecycle
 from orchestrator.lifecycle.ceilings import CeilingsKeeper
 from orchestrator.lifecycle.leases import LeaseKeeper
 from orchestrator.lifecycle.means import Means
+from orchestrator.lifecycle.metered import metered
 from orchestrator.loops import reconcile
 from orchestrator.loops.health import HealthLoop, RestartLoop
 from orchestrator.loops.idle import IdleLoop
@@ -34,6 +35,7 @@ from orchestrator.registry import Registry
 from orchestrator.registry.database import Database
 from orchestrator.registry.migrations import migrate, require_migrated
 from orchestrator.rewrap import Rewrap
+from orchestrator.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -77,8 +79,10 @@ class ControlPlane:
         self.activity = ActivityRecorder(self.registry)
         self.limiter = RateLimiter(self.registry.rate)
         self.rewrap = Rewrap(self.registry.rewrap, self.keyring)
+        self.webhooks = Webhooks(self.registry, self.keyring, settings.webhook_allowed_networks)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.keeper = LeaseKeeper(self.registry.engines, self.notifications, owner, settings.lease_s)
+        self.followers = 0  # of engines' logs
         self.loops = LoopRunner([])
 
     async def open(self, *, loops: bool = True) -> None:
@@ -92,17 +96,19 @@ class ControlPlane:
         await self.database.open()
         self.deployment_id = await self.registry.deployment_id()
         self.keyring.require(await self.registry.engines.master_key_ids())
+        metrics.configure(settings.engine_backend)
         self.backend = load_backend(settings, self.deployment_id)
         await self.backend.open()
         location_id = await self.backend.location_id()
         await self._require_location(location_id)
         await self.http.open()
+        await self.webhooks.open()
         await self.notifications.open()
         await self.keeper.open()
         self.means = Means(
             settings,
             self.registry,
-            self.backend,
+            metered(self.backend),
             self.http,
             self.keyring,
             location_id,
@@ -142,8 +148,11 @@ class ControlPlane:
                 Loop("timelines", 1, lambda: self.means.timelines.flush(self.registry)),
                 Loop("rate", 1, self.limiter.settle),
                 Loop("audit", 0.5, lambda: audit.sequence(self.registry.audit)),
+                Loop("webhooks", 0.5, self.webhooks.round),
                 Loop("rewrap", 1, self.rewrap.round),
                 Loop("offboarding", 5, self.offboarding.round),
+                Loop("metrics", 1, self._measure),
+                Loop("retention", 300, self._retire),
                 Loop("housekeeping", 60, self._housekeeping),
             ]
         )
@@ -157,6 +166,18 @@ class ControlPlane:
                 "The registry has engines, but none of them lives here: this is another data root or Docker daemon "
                 "(ORCH_DATA_ROOT, DOCKER_HOST) than the one they were made on."
             )
+
+    async def _retire(self) -> None:
+        if self.settings.audit_retention_days:
+            removed = await audit.retire(self.registry.audit, self.settings.audit_retention_days)
+            if removed:
+                log.info("audit_rows_retired", rows=removed)
+
+    async def _measure(self) -> None:
+        for loop in self.loops.loops:
+            metrics.loop_lag(loop.name, loop.lag_s)
+        if metrics.waits_for_products():
+            metrics.know_products(await self.registry.fleet.slugs())
 
     async def _housekeeping(self) -> None:
         await self.registry.rate.repair()
@@ -185,6 +206,7 @@ class ControlPlane:
                 log.warning("last_flush_failed", error=error.message)
         await self.keeper.close()
         await self.notifications.close()
+        await self.webhooks.close()
         await self.http.close()
         if hasattr(self, "backend"):
             await self.backend.close()

@@ -7,9 +7,11 @@ same thing of the same engine share one flight.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import metrics
 from orchestrator.errors import (
     EngineBusy,
     EngineNotFound,
@@ -118,6 +120,7 @@ class Discovery:
 
         Raises `InvalidPlatformKey`, `PolicyDenied`, `RateLimited`, and what a provision or a wake may raise.
         """
+        began = time.perf_counter()
         key_hash = sha256_hex(platform_key)
         counted = key_hash in self._counted_keys
         row = await self._registry.admissions.by_key(key_hash, user_id, counted=counted)
@@ -133,23 +136,44 @@ class Discovery:
         self._activity.key_used(row["key_id"])
         if row["status"] == State.RUNNING:
             self._activity.admitted(row["id"])
-            return Admission(self._found(row, with_key=True))
+            admission = Admission(self._found(row, with_key=True))
+            metrics.admitted(row["slug"], "running", time.perf_counter() - began)
+            return admission
         caller = Caller(row["product_id"], row["slug"], frozenset(scopes), row["key_id"])
-        return await self._admit_slowly(caller, user_id, row, auto_provision, auto_wake)
+        return await self._measured(began, caller, user_id, row, auto_provision, auto_wake)
 
     async def admit_as_admin(self, caller: Caller, user_id: str, *, auto_provision: bool, auto_wake: bool) -> Admission:
         """The same for an admin acting as a product; the answer has no key."""
         product = await self._registry.products.by_id(caller.product_id)
         if product is None:
             raise ProductNotFound(str(caller.product_id))
+        began = time.perf_counter()
         limit_rpm = product.policy.get("rate_limit_rpm")
         if limit_rpm is not None:
             await self._count_one(caller.product_id, user_id, limit_rpm)
         row = await self._look_up(caller.product_id, user_id)
         if row is not None and row["status"] == State.RUNNING:
             self._activity.admitted(row["id"])
+            metrics.admitted(caller.slug, "running", time.perf_counter() - began)
             return Admission(self._found(row, with_key=False))
-        return await self._admit_slowly(caller, user_id, row, auto_provision, auto_wake)
+        return await self._measured(began, caller, user_id, row, auto_provision, auto_wake)
+
+    async def _measured(
+        self,
+        began: float,
+        caller: Caller,
+        user_id: str,
+        row: asyncpg.Record | None,
+        auto_provision: bool,
+        auto_wake: bool,
+    ) -> Admission:
+        result = "failed"
+        try:
+            admission = await self._admit_slowly(caller, user_id, row, auto_provision, auto_wake)
+            result = "denied" if admission.engine is None else "brought_up"
+            return admission
+        finally:
+            metrics.admitted(caller.slug, result, time.perf_counter() - began)
 
     async def _count(
         self, row: asyncpg.Record, key_hash: str, user_id: str, limit_rpm: int | None, counted: bool
@@ -176,6 +200,7 @@ class Discovery:
 
     async def _refused(self, product_id: UUID, user_id: str) -> RateLimited:
         self._activity.denied(product_id, user_id, "RATE_LIMITED")
+        metrics.rate_limited(product_id)
         return RateLimited(await self._registry.rate.retry_after_s(product_id))
 
     async def _admit_slowly(
@@ -236,6 +261,7 @@ class Discovery:
             return await self._shared("provision", caller, user_id, provision)
         except QuotaExceeded:
             self._activity.denied(caller.product_id, user_id, "QUOTA_EXCEEDED")
+            metrics.quota_exceeded(caller.product_id)
             raise
 
     async def _failed(self, caller: Caller, user_id: str, auto_wake: bool) -> Admission:

@@ -9,6 +9,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from orchestrator import tracing
+
 __all__ = ["Activity", "EngineHttp", "Health", "KeyPush"]
 
 MAX_HEALTH_BYTES = 256 * 1024
@@ -67,10 +69,14 @@ class EngineHttp:
 
     async def health(self, url: str, timeout_s: float) -> Health:
         """`GET /health`, at most `timeout_s` for everything."""
+        with tracing.span("engine.health"):
+            return await self._health(url, timeout_s)
+
+    async def _health(self, url: str, timeout_s: float) -> Health:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self.session.get(f"{url}/health", allow_redirects=False) as response,
+                self.session.get(f"{url}/health", headers=tracing.inject({}), allow_redirects=False) as response,
             ):
                 if not 200 <= response.status < 300:
                     return Health(False, f"HTTP {response.status}")
@@ -118,7 +124,7 @@ class EngineHttp:
                     data=orjson.dumps(
                         {"key_hash": key_hash, "generation": generation, "overlap_seconds": int(overlap_s)}
                     ),
-                    headers={"X-Engine-Key": key, "Content-Type": "application/json"},
+                    headers=tracing.inject({"X-Engine-Key": key, "Content-Type": "application/json"}),
                     allow_redirects=False,
                 ) as response,
             ):

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import signal
 import socket
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from orchestrator import metrics
 from orchestrator.api import HttpProtocol, create_app
 from orchestrator.control_plane import ControlPlane
 from orchestrator.errors import ConfigurationError
 from orchestrator.logs import configure_logging
 from orchestrator.settings import load_settings
+from orchestrator.tracing import configure_tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -100,10 +104,12 @@ def worker_app() -> FastAPI:
     """What each worker process runs; the parent has checked the settings already."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
+    configure_tracing()
     return create_app(ControlPlane(settings), manage_plane=True)
 
 
 async def _serve_here(settings: Settings, sock: socket.socket, on_started: Callable[[], None] | None) -> None:
+    configure_tracing()
     plane = ControlPlane(settings)
     try:
         await plane.open()
@@ -128,6 +134,13 @@ def serve(settings: Settings, on_started: Callable[[], None] | None = None) -> N
         run(_serve_here(settings, sock, on_started))
         return
     run(_preflight(settings))
+    # Each worker counts for itself, in files that a scrape of any one adds up.
+    with TemporaryDirectory(prefix="orchestrator-metrics-") as directory:
+        os.environ[metrics.MULTIPROCESS] = directory
+        _serve_workers(settings, sock, on_started)
+
+
+def _serve_workers(settings: Settings, sock: socket.socket, on_started: Callable[[], None] | None) -> None:
     config = server_config("orchestrator.server:worker_app", settings, factory=True)
     if on_started is not None:
         on_started()

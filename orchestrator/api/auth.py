@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from orchestrator.control_plane import ControlPlane
 
-__all__ = ["plane_of", "product_caller", "product_or_all", "require_admin"]
+__all__ = ["plane_of", "product_caller", "product_or_all", "require_admin", "require_monitor"]
 
 
 def plane_of(request: Request) -> ControlPlane:
@@ -31,7 +31,20 @@ def plane_of(request: Request) -> ControlPlane:
 
 def require_admin(request: Request) -> None:
     """Raises `InvalidAdminKey`. Compares with every configured key, in constant time each."""
-    given = request.headers.get("x-admin-key", "").encode("latin-1")  # the bytes as they came
+    _require_admin_key(request, request.headers.get("x-admin-key", ""))
+
+
+def require_monitor(request: Request) -> None:
+    """As `require_admin`; the key may also come as a bearer token, which is what Prometheus sends."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if "x-admin-key" not in request.headers and kind.lower() == "bearer":
+        _require_admin_key(request, token.strip())
+    else:
+        require_admin(request)
+
+
+def _require_admin_key(request: Request, text: str) -> None:
+    given = text.encode("latin-1")  # the bytes as they came
     matches = [hmac.compare_digest(given, key.encode()) for key in plane_of(request).settings.admin_keys()]
     if not any(matches):
         raise InvalidAdminKey

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import structlog
 from starlette.requests import ClientDisconnect, Request
 
+from orchestrator import metrics, tracing
 from orchestrator.api.errors import error_response, ours
 from orchestrator.errors import InternalError, OrchestratorError, PayloadTooLarge
 
@@ -47,7 +48,15 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif tracing.is_on():
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            method: str = scope["method"]
+            with tracing.request_span(f"HTTP {method}", headers, **{"http.request.method": method}):
+                await self._answer(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         request_id, length, chunked = None, None, False
         for name, value in scope["headers"]:
@@ -114,12 +123,17 @@ class RequestMiddleware:
             defect = error_response(InternalError("internal"), request_id)
             await defect(scope, receive, send_noted)
         finally:
+            seconds = time.perf_counter() - started
+            metrics.requested(scope["method"], status, seconds)
+            if tracing.is_on():
+                route = getattr(scope.get("route"), "path", "/engines/{user_id}/admit")
+                tracing.annotate(**{"http.response.status_code": status, "http.route": route, "request_id": request_id})
             log.info(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                duration_ms=round((time.perf_counter() - started) * 1000, 2),
+                duration_ms=round(seconds * 1000, 2),
             )
 
 

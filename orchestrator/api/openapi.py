@@ -50,6 +50,7 @@ _TAGS = [
     {"name": "lifecycle", "description": "Calls that change one engine."},
     {"name": "fleet", "description": "Many engines at once."},
     {"name": "audit", "description": "What happened, in order."},
+    {"name": "webhooks", "description": "Events, delivered."},
     {"name": "admin", "description": "Products, their policies and their keys."},
     {"name": "health", "description": "The orchestrator itself."},
 ]
@@ -81,11 +82,14 @@ def _document(app: FastAPI) -> dict[str, Any]:
     components["securitySchemes"] = {
         "platform": {"type": "apiKey", "in": "header", "name": "X-Platform-Key"},
         "admin": {"type": "apiKey", "in": "header", "name": "X-Admin-Key"},
+        "bearer": {"type": "http", "scheme": "bearer", "description": "an admin key"},
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            if path == "/health":
+            if path == "/prometheus":
+                operation["security"] = [{"admin": []}, {"bearer": []}]
+            elif path == "/health":
                 operation["security"] = []
             elif path.startswith(("/products", "/admin/")):
                 operation["security"] = [{"admin": []}]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from orchestrator import metrics, tracing
 from orchestrator.errors import (
     BackendUnavailable,
     BootTimeout,
@@ -161,6 +162,20 @@ class Flights:
         return flight
 
     async def _carry_out(self, engine: Engine, claimed_at: float, parameters: Parameters, flight: Flight) -> Engine:
+        outcome = "failed"
+        with tracing.span(f"operation.{engine.operation}", engine_id=str(engine.id)), metrics.waking() as calls:
+            try:
+                ended = await self._carried_out(engine, claimed_at, parameters, flight)
+                outcome = "succeeded"
+                return ended
+            except Interrupted:
+                outcome = "interrupted"
+                raise
+            finally:
+                seconds = time.monotonic() - claimed_at
+                metrics.operation_ended(engine.product_id, engine.operation or "", outcome, seconds, calls)
+
+    async def _carried_out(self, engine: Engine, claimed_at: float, parameters: Parameters, flight: Flight) -> Engine:
         engines = self._means.registry.engines
         try:
             return await self.keeper.run(

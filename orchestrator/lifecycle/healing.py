@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from orchestrator import metrics
 from orchestrator.lifecycle.operations import Parameters
 from orchestrator.lifecycle.transitions import STOP_GRACE_S, Operation, State
 
@@ -47,6 +48,7 @@ class Healing:
             operations=list(Operation),
         )
         for engine, left_s in found:
+            metrics.taken_over(engine.product_id)
             log.info("operation_taken_over", engine_id=str(engine.id), operation=engine.operation)
             self._flights.launch(engine, claimed_at, patience_s=max(LEAST_PATIENCE_S, left_s))
         return len(found)

@@ -14,6 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from orchestrator.errors import DatabaseUnavailable
 from orchestrator.keys import fingerprint
 from orchestrator.lifecycle.leases import Interruption
+from orchestrator.lifecycle.metered import metered
 from orchestrator.lifecycle.timeline import Timelines
 from orchestrator.registry.engines import Then
 
@@ -91,7 +92,7 @@ class Means:
 
     def object_of(self, engine: Engine) -> EngineBackend:
         """The backend, acting on the object that the row records."""
-        return self.backend.pinned(engine.container_id)
+        return metered(self.backend.pinned(engine.container_id), engine.product_id)
 
     async def act(self, lease: Lease, call: Callable[[EngineBackend], Awaitable[T]]) -> T:
         """One backend call, under what is left of the lease, on the object that the claim recorded."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from orchestrator import metrics
 from orchestrator.backends.base import ObjectState
 from orchestrator.errors import BackendError, BackendUnavailable
 from orchestrator.lifecycle.transitions import Operation
@@ -94,6 +95,7 @@ class HealthLoop:
         url = engine_url(row["host"], row["endpoint_port"])
         assert url is not None  # it was healthy once
         health = await self._means.http.health(url, settings.health_check_timeout_s)
+        metrics.probed(row["product_id"], health.ok)
         activity = health.activity
         active_ago_s = None if activity is None else 0.0 if activity.in_flight else activity.idle_seconds
         if health.reports_activity and activity is None:

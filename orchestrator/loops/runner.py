@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from orchestrator import metrics
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import wait_briefly
 
@@ -43,6 +44,11 @@ class Loop:
         await wait_briefly(self._now, delay_s)
 
     @property
+    def lag_s(self) -> float:
+        """How much longer ago its last success is than it should be."""
+        return max(0.0, time.monotonic() - self.last_success - self.interval_s * 1.1)
+
+    @property
     def is_stale(self) -> bool:
         return time.monotonic() - self.last_success > max(10.0, self.interval_s * STALE_ROUNDS)
 
@@ -64,6 +70,7 @@ class LoopRunner:
 
     async def _run(self, loop: Loop) -> None:
         while True:
+            ok = False
             try:
                 await loop.round()
             except OrchestratorError as error:
@@ -79,4 +86,6 @@ class LoopRunner:
                     log.info("loop_recovered", loop=loop.name)
                 loop.failing = None
                 loop.last_success = time.monotonic()
+                ok = True
+            metrics.loop_round(loop.name, ok=ok)
             await loop.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.registry.database import Database, sql
@@ -12,9 +13,32 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-__all__ = ["AuditRegistry"]
+    from orchestrator.registry.database import Connection
 
+__all__ = ["AuditRegistry", "AuditSnapshot"]
+
+PAGE = 1000
+SNAPSHOT_TIMEOUT_S = 3600.0
 PAGE_TIMEOUT_S = 10.0  # a filter that few rows pass may have to look at many
+
+
+class AuditSnapshot:
+    """The audit log as it was at one moment."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def heads(self) -> list[AuditHead]:
+        """The head of every chain that has one, or has rows."""
+        return [AuditHead(**dict(row)) for row in await self._connection.fetch(sql("chain_heads"))]
+
+    async def sequenced(self, chain: str) -> AsyncIterator[AuditRow]:
+        """The rows of one chain in order, read a page at a time."""
+        after = 0
+        while page := await self._connection.fetch(sql("sequenced_rows"), chain, after, PAGE):
+            for record in page:
+                yield AuditRow.of(record)
+            after = page[-1]["seq"]
 
 
 class AuditRegistry:
@@ -46,36 +70,45 @@ class AuditRegistry:
 
     async def place(
         self, chain: str, place: Callable[[int, str, list[AuditRow]], list[tuple[int, int, str, str]]]
-    ) -> int:
-        """Give positions to up to 1,000 committed rows of a chain; returns how many, 0 also when another works.
+    ) -> list[AuditRow]:
+        """Give positions to up to 1,000 committed rows of a chain; returns them, none also when another works.
 
         `place(head_seq, head_hash, rows)` returns `(id, seq, prev_hash, hash)` for each row, in order.
         """
         async with self._database.transaction(timeout_s=10) as connection:
             if not await connection.fetchval(sql("lock_chain"), chain):
-                return 0
+                return []
             head = await connection.fetchrow(sql("chain_head"), chain)
             rows = [AuditRow.of(row) for row in await connection.fetch(sql("unsequenced_rows"), chain)]
             if not rows:
-                return 0
+                return []
             placed = place(head["seq"] if head else 0, head["hash"] if head else "", rows)
             columns = (list(column) for column in zip(*placed, strict=True))
             last = await connection.fetchval(sql("take_positions"), len(placed))
             await connection.execute(sql("place_rows"), *columns, last - len(placed))
             await connection.execute(sql("set_chain_head"), chain, placed[-1][1], placed[-1][3])
-            return len(placed)
+            return rows
 
-    async def heads(self) -> list[AuditHead]:
-        """The head of every chain that has one, or has rows."""
-        return [AuditHead(**dict(row)) for row in await self._database.fetch(sql("chain_heads"), timeout_s=30)]
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[AuditSnapshot]:
+        """All chains as they are now, whatever is sequenced or removed while they are read."""
+        async with self._database.transaction(timeout_s=SNAPSHOT_TIMEOUT_S, snapshot=True) as connection:
+            yield AuditSnapshot(connection)
 
-    async def sequenced(self, chain: str) -> AsyncIterator[AuditRow]:
-        """The rows of one chain in order, read a page at a time."""
-        after = 0
-        while page := await self._database.fetch(sql("sequenced_rows"), chain, after, timeout_s=30):
-            for record in page:
-                yield AuditRow.of(record)
-            after = page[-1]["seq"]
+    async def retire(self, chain: str, keep_days: int) -> int:
+        """Remove up to 5,000 rows older than that from the beginning of a chain; how many.
+
+        The anchor moves to the last of them and the lifetime totals take them up, in the same transaction. A row that
+        a webhook has still to deliver stays. 0 also when a sequencer works on the chain just now.
+        """
+        async with self._database.transaction(timeout_s=30) as connection:
+            if not await connection.fetchval(sql("lock_chain"), chain):
+                return 0
+            return int(await connection.fetchval(sql("retire_rows"), chain, keep_days))
+
+    async def chains(self) -> list[str]:
+        """Every chain that has a head."""
+        return [row["chain"] for row in await self._database.fetch(sql("chains"))]
 
     async def page(
         self,
@@ -103,6 +136,20 @@ class AuditRegistry:
             await connection.execute(sql("custom_plans"))
             rows = await connection.fetch(query, *chain, after, user_id, action, since, until, limit)
         return [AuditRow.of(row) for row in rows]
+
+    async def following(self, product_id: UUID | None, after: int, limit: int) -> list[AuditRow]:
+        """The next sequenced rows: of one product's chain after a `seq`, or of all after a `position`."""
+        if product_id is None:
+            rows = await self._database.fetch(sql("sequenced_rows_of_all"), after, limit)
+        else:
+            rows = await self._database.fetch(sql("sequenced_rows"), str(product_id), after, limit)
+        return [AuditRow.of(row) for row in rows]
+
+    async def last_seq(self, product_id: UUID | None) -> int:
+        """The last `seq` of a product's chain, or the last `position` of all; 0 before the first."""
+        if product_id is None:
+            return int(await self._database.fetchval(sql("last_position")))
+        return int(await self._database.fetchval(sql("last_seq"), str(product_id)) or 0)
 
     async def unsequenced(self) -> tuple[int, float]:
         """How many rows wait for their position, and the age of the oldest in seconds."""

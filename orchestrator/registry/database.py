@@ -182,8 +182,12 @@ class Database:
             raise unavailable from error
 
     @asynccontextmanager
-    async def transaction(self, *, timeout_s: float = STATEMENT_TIMEOUT_S) -> AsyncIterator[Connection]:
+    async def transaction(
+        self, *, timeout_s: float = STATEMENT_TIMEOUT_S, snapshot: bool = False
+    ) -> AsyncIterator[Connection]:
         """A transaction that is rolled back on any error, and ended after `timeout_s` at the latest.
+
+        `snapshot`: it only reads, and sees everything as it was at its beginning.
 
         That the database answers at all is known within `STATEMENT_TIMEOUT_S`, however long the rest may take.
         """
@@ -191,7 +195,7 @@ class Database:
             _translated(),
             asyncio.timeout(STATEMENT_TIMEOUT_S) as limit,
             self.pool.acquire() as connection,
-            connection.transaction(),
+            connection.transaction(isolation="repeatable_read" if snapshot else "read_committed", readonly=snapshot),
         ):
             limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
             yield connection

@@ -38,6 +38,14 @@ class FleetRegistry:
         assert row is not None  # aggregates always give a row
         return row
 
+    async def slugs(self) -> dict[UUID, str]:
+        """Of all products."""
+        return {row["id"]: row["slug"] for row in await self._database.fetch(sql("product_slugs"))}
+
+    async def by_slug(self) -> list[asyncpg.Record]:
+        """Rows of `(slug, status, engines, pool)`."""
+        return await self._database.fetch(sql("engines_by_slug"), timeout_s=5)
+
     async def metrics(self, product_id: UUID | None) -> asyncpg.Record:
         row = await self._database.fetchrow(sql("metrics"), product_id)
         assert row is not None  # aggregates always give a row

@@ -174,7 +174,7 @@ class Deployment:
         replica = Replica(process, f"http://127.0.0.1:{port}", log)
         self.replicas.append(replica)
         async with httpx.AsyncClient(trust_env=False) as client:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(90):
                 while True:
                     assert process.poll() is None, log.read_text()
                     with suppress(httpx.TransportError):

@@ -8,6 +8,7 @@ import re
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from orchestrator import metrics
 from orchestrator.api.auth import plane_of, product_caller
 from orchestrator.api.errors import BY_PRODUCTS, errors
 from orchestrator.api.http import answer, body_of, json_body, path_user_id
@@ -23,7 +24,7 @@ from orchestrator.api.models import (
     StatusAnswer,
 )
 from orchestrator.api.openapi import USER_ID
-from orchestrator.errors import InvalidRequest, ProductNotFound
+from orchestrator.errors import InvalidRequest, ProductNotFound, QuotaExceeded
 from orchestrator.policy import image_of
 
 router = APIRouter(tags=["lifecycle"])
@@ -77,9 +78,13 @@ async def provision(request: Request) -> Response:
     if product is None:
         raise ProductNotFound(str(caller.product_id))
     image = image_of(product.policy, body.engine_version, plane.settings.engine_image)
-    await plane.lifecycle.provision(
-        caller.product_id, body.user_id, engine_version=image, actor=caller.actor, idempotency=idempotency
-    )
+    try:
+        await plane.lifecycle.provision(
+            caller.product_id, body.user_id, engine_version=image, actor=caller.actor, idempotency=idempotency
+        )
+    except QuotaExceeded:
+        metrics.quota_exceeded(caller.product_id)
+        raise
     found = await plane.discovery.look_up(caller, body.user_id)
     return answer(
         ProvisionAnswer(

@@ -27,8 +27,12 @@ FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) WITH ORDINALITY 
 WHERE a.id = p.id AND a.seq IS NULL
 
 -- name: set_chain_head
-INSERT INTO audit_heads (chain, seq, hash) VALUES ($1, $2, $3)
-ON CONFLICT (chain) DO UPDATE SET seq = excluded.seq, hash = excluded.hash
+WITH head AS (
+    INSERT INTO audit_heads (chain, seq, hash) VALUES ($1, $2, $3)
+    ON CONFLICT (chain) DO UPDATE SET seq = excluded.seq, hash = excluded.hash
+    RETURNING chain
+)
+SELECT pg_notify('orchestrator_audit', chain) FROM head
 
 -- name: chain_heads
 -- Also chains that have rows and, against all rules, no head.
@@ -41,7 +45,18 @@ ORDER BY chain
 -- name: sequenced_rows
 SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms,
        seq, prev_hash, hash
-FROM audit_log WHERE chain = $1 AND seq > $2 ORDER BY seq LIMIT 1000
+FROM audit_log WHERE chain = $1 AND seq > $2 ORDER BY seq LIMIT $3
+
+-- name: sequenced_rows_of_all
+SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms,
+       seq, prev_hash, hash, position
+FROM audit_log WHERE position > $1 ORDER BY position LIMIT $2
+
+-- name: last_seq
+SELECT seq FROM audit_heads WHERE chain = $1
+
+-- name: last_position
+SELECT position FROM audit_stream
 
 -- name: oldest_unsequenced
 SELECT count(*) AS rows, coalesce(extract(epoch FROM now() - min(timestamp)), 0)::double precision AS age_s
@@ -82,3 +97,35 @@ FROM audit_log
 WHERE position < $1 AND ($2::text IS NULL OR user_id = $2) AND ($3::text IS NULL OR action = $3)
   AND ($4::timestamptz IS NULL OR timestamp >= $4) AND ($5::timestamptz IS NULL OR timestamp < $5)
 ORDER BY position DESC LIMIT $6
+
+-- name: chains
+SELECT chain FROM audit_heads ORDER BY chain
+
+-- name: retire_rows
+-- The beginning of a chain up to the first row that is young enough, or that a webhook has still to deliver.
+WITH head AS (
+    SELECT chain, seq, anchor_seq FROM audit_heads WHERE chain = $1 FOR UPDATE
+), last AS (
+    SELECT least(
+        head.anchor_seq + 5000,
+        head.seq,
+        (SELECT min(a.seq) - 1 FROM audit_log a
+         WHERE a.chain = $1 AND a.seq > head.anchor_seq AND a.seq <= head.anchor_seq + 5000
+           AND a.timestamp >= now() - make_interval(days => $2)),
+        (SELECT min(w.seq) FROM webhooks w WHERE w.product_id::text = $1)
+    ) AS seq
+    FROM head
+), gone AS (
+    DELETE FROM audit_log a USING last, head
+    WHERE a.chain = $1 AND a.seq > head.anchor_seq AND a.seq <= last.seq
+    RETURNING a.product_id, a.action, a.seq, a.hash
+), totals AS (
+    INSERT INTO audit_totals AS t (product_id, action, count)
+    SELECT product_id, action, count(*) FROM gone WHERE product_id IS NOT NULL GROUP BY product_id, action
+    ON CONFLICT (product_id, action) DO UPDATE SET count = t.count + excluded.count
+), anchor AS (
+    UPDATE audit_heads h SET anchor_seq = g.seq, anchor_hash = g.hash
+    FROM (SELECT seq, hash FROM gone ORDER BY seq DESC LIMIT 1) g
+    WHERE h.chain = $1
+)
+SELECT count(*) FROM gone

@@ -23,6 +23,15 @@ SELECT count(*) FILTER (WHERE restart_parked_until > now() AND next_restart_at I
 FROM engines
 WHERE status = 'failed' AND user_id IS NOT NULL AND ($1::uuid IS NULL OR product_id = $1)
 
+-- name: product_slugs
+SELECT id, slug FROM products
+
+-- name: engines_by_slug
+SELECT p.slug, e.status, count(*) FILTER (WHERE e.user_id IS NOT NULL) AS engines,
+       count(*) FILTER (WHERE e.user_id IS NULL) AS pool
+FROM engines e JOIN products p ON p.id = e.product_id
+GROUP BY p.slug, e.status
+
 -- name: metrics
 WITH last_hour AS (
     SELECT count(*) FILTER (WHERE action = 'provision') AS provisions,
