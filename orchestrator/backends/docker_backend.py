@@ -11,6 +11,7 @@ import contextlib
 import copy
 import errno
 import socket
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 from uuid import UUID, uuid4
 
@@ -230,6 +231,7 @@ class DockerBackend(EngineBackend):
             incarnation=number(labels, INCARNATION, 0),
             endpoint=self._endpoint(engine_id, found["Id"], labels),
             restart_count=int(found.get("RestartCount") or 0),
+            started_at=_time(state.get("StartedAt")),
             exit_code=int(state.get("ExitCode") or 0) if kind is ObjectState.EXITED else None,
             mending=bool(state.get("Restarting")),
         )
@@ -394,6 +396,13 @@ def _exit_code(status: str) -> int | None:
     """The code in `Exited (137) 5 minutes ago`."""
     code = status.partition("(")[2].partition(")")[0]
     return int(code) if code.isdecimal() else None
+
+
+def _time(stamp: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(stamp or "")
+    except ValueError:
+        return None
 
 
 def _can_bind(address: str, port: int) -> bool:

@@ -1,0 +1,10 @@
+"""Counts of restarts that arrive out of order."""
+
+from orchestrator.registry.migrations import run_sql_file
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    run_sql_file(__file__)
