@@ -198,8 +198,7 @@ class DockerBackend(EngineBackend):
 
     async def location_id(self) -> UUID:
         # The daemon makes a volume once: who comes later gets the first one with its label.
-        config = {"Name": LOCATION_VOLUME, "Labels": {LOCATION: str(uuid4())}}
-        found = await self._client.json("POST", "volumes/create", config)
+        found = await self._make_volume(LOCATION_VOLUME, {LOCATION: str(uuid4())})
         try:
             return UUID((found.get("Labels") or {}).get(LOCATION, ""))
         except ValueError:
@@ -381,11 +380,19 @@ class DockerBackend(EngineBackend):
     async def _ensure_volume(self, engine_id: UUID) -> None:
         name = volume_name(engine_id)
         # Made once: a volume that exists is answered with the labels that it has.
-        made = await self._client.json("POST", "volumes/create", {"Name": name, "Labels": self._spec.labels(engine_id)})
+        made = await self._make_volume(name, self._spec.labels(engine_id))
         if engine_of(made.get("Labels"), self._deployment_id) != engine_id:
             raise BackendError(
                 f"The volume '{name}' exists and does not belong to this deployment; rename or remove it."
             )
+
+    async def _make_volume(self, name: str, labels: dict[str, str]) -> dict[str, Any]:
+        """The volume of this name, with the labels that it has; made when there is none."""
+        made: dict[str, Any] = await self._client.json("POST", "volumes/create", {"Name": name, "Labels": labels})
+        if not made.get("Labels"):
+            # A daemon that was restarted since leaves the labels of a volume that exists out of this answer.
+            made = await self._volume(name) or made
+        return made
 
     async def _remove_volume(self, name: str) -> None:
         with contextlib.suppress(NoSuchObject):

@@ -229,13 +229,13 @@ class Fleet:
             "audit": [(one["action"], one["status"], one["metadata"]) for one in await self.audit(engine)],
         }
 
-    async def becomes(self, engine: Engine, status: str, state: str) -> None:
-        """The row settles in `status` and Docker's container is `state`, both at the same time."""
+    async def becomes(self, engine: Engine, status: str, *states: str) -> None:
+        """The row settles in `status` and Docker's container is one of `states`, both at the same time."""
 
         async def holds() -> bool:
             row = await self.row(engine)
             settled = row["operation"] is None and row["wish"] is None
-            return settled and row["status"] == status and await self.state_of(engine) == state
+            return settled and row["status"] == status and await self.state_of(engine) in states
 
         await until(holds, lambda: self.story(engine))
 
