@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PATIENCE_S", "Engine", "Fleet", "fleet_variables", "until"]
 
-PATIENCE_S = 60.0  # for what comes by itself; the machine may be busy
+PATIENCE_S = 100.0  # for what comes by itself; the machine may be busy
 
 
 async def until(holds: Callable[[], Awaitable[object]], what: Callable[[], Awaitable[object]] | None = None) -> None:
