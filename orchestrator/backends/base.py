@@ -110,6 +110,7 @@ class BackendObject:
     incarnation: int
     endpoint: EngineEndpoint
     restart_count: int = 0  # restarts made by the backend itself
+    started_at: datetime | None = None  # of the last process, by the backend's clock
     exit_code: int | None = None
     mending: bool = False  # exited, and the backend is about to start it again by itself
 

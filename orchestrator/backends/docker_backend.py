@@ -11,6 +11,7 @@ import contextlib
 import copy
 import errno
 import socket
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 from uuid import UUID, uuid4
 
@@ -197,8 +198,7 @@ class DockerBackend(EngineBackend):
 
     async def location_id(self) -> UUID:
         # The daemon makes a volume once: who comes later gets the first one with its label.
-        config = {"Name": LOCATION_VOLUME, "Labels": {LOCATION: str(uuid4())}}
-        found = await self._client.json("POST", "volumes/create", config)
+        found = await self._make_volume(LOCATION_VOLUME, {LOCATION: str(uuid4())})
         try:
             return UUID((found.get("Labels") or {}).get(LOCATION, ""))
         except ValueError:
@@ -230,6 +230,7 @@ class DockerBackend(EngineBackend):
             incarnation=number(labels, INCARNATION, 0),
             endpoint=self._endpoint(engine_id, found["Id"], labels),
             restart_count=int(found.get("RestartCount") or 0),
+            started_at=_time(state.get("StartedAt")),
             exit_code=int(state.get("ExitCode") or 0) if kind is ObjectState.EXITED else None,
             mending=bool(state.get("Restarting")),
         )
@@ -379,11 +380,19 @@ class DockerBackend(EngineBackend):
     async def _ensure_volume(self, engine_id: UUID) -> None:
         name = volume_name(engine_id)
         # Made once: a volume that exists is answered with the labels that it has.
-        made = await self._client.json("POST", "volumes/create", {"Name": name, "Labels": self._spec.labels(engine_id)})
+        made = await self._make_volume(name, self._spec.labels(engine_id))
         if engine_of(made.get("Labels"), self._deployment_id) != engine_id:
             raise BackendError(
                 f"The volume '{name}' exists and does not belong to this deployment; rename or remove it."
             )
+
+    async def _make_volume(self, name: str, labels: dict[str, str]) -> dict[str, Any]:
+        """The volume of this name, with the labels that it has; made when there is none."""
+        made: dict[str, Any] = await self._client.json("POST", "volumes/create", {"Name": name, "Labels": labels})
+        if not made.get("Labels"):
+            # A daemon that was restarted since leaves the labels of a volume that exists out of this answer.
+            made = await self._volume(name) or made
+        return made
 
     async def _remove_volume(self, name: str) -> None:
         with contextlib.suppress(NoSuchObject):
@@ -394,6 +403,13 @@ def _exit_code(status: str) -> int | None:
     """The code in `Exited (137) 5 minutes ago`."""
     code = status.partition("(")[2].partition(")")[0]
     return int(code) if code.isdecimal() else None
+
+
+def _time(stamp: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(stamp or "")
+    except ValueError:
+        return None
 
 
 def _can_bind(address: str, port: int) -> bool:

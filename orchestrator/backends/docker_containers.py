@@ -22,6 +22,8 @@ log = structlog.get_logger("orchestrator.docker")
 Inspected = dict[str, Any]
 
 _KILL_PATIENCE_S = 10.0
+_PAUSE_TRIES = 5
+_PAUSE_RETRY_S = 0.1
 # One question of a longer wait.
 _WAIT_S = 2.0
 
@@ -68,18 +70,25 @@ class Containers:
             handle = docker.containers.container(container)
             await (handle.pause() if paused else handle.unpause())
 
-        try:
-            await self._client.call(ask)
-        except BackendError as error:
-            if error.code != BackendError.code:
-                raise
-            # The state tells more than the words of the refusal, which differ between versions.
-            found = await self.show(container)
-            if found is None or not is_live(found):
-                return False
-            if bool(found["State"].get("Paused")) is not paused:
-                raise
-        return True
+        for attempt in range(1, _PAUSE_TRIES + 1):
+            try:
+                await self._client.call(ask)
+            except BackendError as error:
+                if error.code != BackendError.code:
+                    raise
+                # The state tells more than the words of the refusal, which differ between versions.
+                found = await self.show(container)
+                if found is None or not is_live(found):
+                    return False
+                if bool(found["State"].get("Paused")) is paused:
+                    return True
+                # On a busy host the kernel may not have frozen every process when the runtime gives up.
+                if attempt == _PAUSE_TRIES:
+                    raise
+                await asyncio.sleep(_PAUSE_RETRY_S * attempt)
+            else:
+                return True
+        raise AssertionError("unreachable: the last refusal is raised again")
 
     async def stop(self, found: Inspected, grace_s: float) -> None:
         """SIGTERM, wait, SIGKILL, in short calls. A kill through the API ends the daemon's own restarts as well."""

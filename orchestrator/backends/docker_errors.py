@@ -26,7 +26,10 @@ _MAX_REASON = 300
 
 _PORT_BUSY = re.compile(r"port is already allocated|address already in use|ports are not available", re.I)
 _NETWORK_FULL = re.compile(r"exchange full|no available (ipv4 )?addresses", re.I)
-_GOING_DOWN = re.compile(r"shutting down|context canceled|grpc: the client connection is closing|transport is closing")
+_GOING_DOWN = re.compile(
+    r"shutting down|context canceled|grpc: the client connection is closing|transport is closing|database not open"
+    r"|ttrpc: closed|error while dialing"
+)
 
 _NO_ACCESS = re.compile(r"unauthorized|authentication required|no basic auth|access denied|forbidden|login", re.I)
 _NO_REGISTRY = re.compile(

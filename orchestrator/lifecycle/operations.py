@@ -279,8 +279,16 @@ class Operations:
                 boot_ms=booted.boot_ms if booted.cold else None,
                 applied_generation=booted.applied_generation,
                 key_generation=booted.applied_generation,  # one whose rotation was cut short is in force now
+                restarts_seen=await self._restarts_so_far(lease) if booted.cold else None,
             ),
         )
+
+    async def _restarts_so_far(self, lease: Lease) -> int | None:
+        """How often the backend itself has started it until it was healthy."""
+        if not self._means.backend.capabilities.restarts:
+            return None
+        found = await self._means.act(lease, lambda backend: backend.find(lease.engine.id))
+        return None if found is None else found.restart_count
 
     # --- down -----------------------------------------------------------------------------------------
 

@@ -135,6 +135,7 @@ class HealthLoop:
                 result,
                 counted=not result.ok,
                 restarts=None if found is None else found.restart_count,
+                started_at=None if found is None else found.started_at,
                 exited=exited and not result.ok,
             ),
             found,
@@ -221,7 +222,9 @@ class HealthLoop:
 
     async def note_restarts(self, engine_id: UUID, generation: int, found: BackendObject) -> None:
         """What an event told of a running engine; one that exits again and again has failed."""
-        restarts = await self._means.registry.health.note_restart_count(engine_id, generation, found.restart_count)
+        restarts = await self._means.registry.health.note_restart_count(
+            engine_id, generation, found.restart_count, found.started_at
+        )
         if restarts >= self._means.settings.health_max_failures:
             await self._healing.fail(
                 engine_id, generation, "exited", f"it exited {restarts} times within ten minutes; see its log."

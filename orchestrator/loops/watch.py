@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from orchestrator.backends.base import EventKind
+from orchestrator.errors import BackendUnavailable, DatabaseUnavailable, OrchestratorError
 from orchestrator.loops.reconcile import apply, difference
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ class EventWatch:
         try:
             while touched:
                 engine_id = next(iter(touched))
-                await self._look(engine_id)
+                try:
+                    await self._look(engine_id)
+                except (BackendUnavailable, DatabaseUnavailable):
+                    raise
+                except OrchestratorError as error:  # of this one object; the others are looked at all the same
+                    log.warning("look_failed", engine_id=str(engine_id), error=error.message)
                 touched.discard(engine_id)
         finally:
             self._touched |= touched

@@ -82,6 +82,7 @@ class Finish:
     refund: bool = False  # the attempt did not come to anything, and does not count
     unloaded: bool = False  # asleep, and its process has ended
     last_log: list[str] | None = None
+    restarts_seen: int | None = None  # the backend's own, while it booted: they are no crashes of a running engine
 
 
 INSERT_TIMEOUT_S = 10.0  # other processes may be inserting for the same product
@@ -320,6 +321,7 @@ class EngineRegistry:
             int(end.refund),
             end.unloaded,
             end.last_log,
+            end.restarts_seen,
             timeout_s=5,
         )
         return None if row is None else Engine.of(row)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from orchestrator.registry.database import Database, sql
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from uuid import UUID
 
     import asyncpg
@@ -21,7 +22,8 @@ class ProbeResult:
 
     `counted`: it failed, and that says something about the engine (not about its backend). `exited`: its process is
     gone and the backend is about to start it again. `active_ago_s`: since the last work that the engine tells of.
-    `restarts`: the backend's own count, where it was looked at. `audited`: also an audit row.
+    `restarts`: the backend's own count, where it was looked at, and `started_at` of the process that it was seen with.
+    `audited`: also an audit row.
     """
 
     engine_id: UUID
@@ -30,6 +32,7 @@ class ProbeResult:
     counted: bool = False
     active_ago_s: float | None = None
     restarts: int | None = None
+    started_at: datetime | None = None
     exited: bool = False
     audited: bool = False
     reason: str | None = None
@@ -58,6 +61,7 @@ class HealthRegistry:
                         result.exited,
                         result.audited,
                         result.reason,
+                        result.started_at,
                     )
                     for result in sorted(results, key=lambda one: one.engine_id)
                 ),
@@ -67,9 +71,15 @@ class HealthRegistry:
         rows = await self._database.fetch(sql("record_probes"), *columns, timeout_s=10)
         return {row["id"]: row for row in rows}
 
-    async def note_restart_count(self, engine_id: UUID, generation: int, count: int) -> int:
-        """The backend's count of restarts, as an event told; how many fell within the last ten minutes."""
-        return int(await self._database.fetchval(sql("note_restart_count"), engine_id, generation, count) or 0)
+    async def note_restart_count(
+        self, engine_id: UUID, generation: int, count: int, started_at: datetime | None
+    ) -> int:
+        """The backend's count of restarts, as an event told; how many fell within the last ten minutes.
+
+        `started_at`: of the process that it was seen with. What comes after a later look changes nothing.
+        """
+        noted = await self._database.fetchval(sql("note_restart_count"), engine_id, generation, count, started_at)
+        return int(noted or 0)
 
     async def probe_now(self, engine_ids: list[UUID]) -> None:
         await self._database.execute(sql("probe_now"), engine_ids)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.docker.daemon import require_docker
+from tests.docker.daemon import build_images, require_docker
+from tests.docker.fleet import Fleet, fleet_variables
 from tests.docker.harness import DockerHarness
 
 if TYPE_CHECKING:
@@ -29,3 +30,21 @@ async def harness(tmp_path: Path) -> AsyncIterator[DockerHarness]:
 @pytest.fixture
 async def backend(harness: DockerHarness) -> DockerBackend:
     return await harness.backend()
+
+
+@pytest.fixture
+def variables(database_url: str, tmp_path: Path) -> dict[str, str]:
+    """The `ORCH_*` variables of a deployment on Docker; a test file may change them."""
+    return fleet_variables(database_url, tmp_path)
+
+
+@pytest.fixture
+async def fleet(variables: dict[str, str]) -> AsyncIterator[Fleet]:
+    """No replica yet: `open` brings one."""
+    require_docker()
+    build_images()
+    made = Fleet(variables)
+    try:
+        yield made
+    finally:
+        await made.close()

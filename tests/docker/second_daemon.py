@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM
 from typing import TYPE_CHECKING
 
 from tests.docker.daemon import IMAGE, build_images, docker, missing
@@ -29,6 +30,7 @@ class SecondDaemon:
     address: str  # of its host, as seen from here
     gateway: str  # of ours, as seen from there
     process: subprocess.Popen[bytes] | None = None
+    live_restore: bool = True  # its containers outlive it
 
     @property
     def socket(self) -> str:
@@ -43,13 +45,13 @@ class SecondDaemon:
         return self.folder / "client"
 
     def start(self) -> None:
-        """With TLS on its address, and `live-restore`: its containers outlive it."""
+        """With TLS on its address."""
         server = self.folder / "server"
         arguments = [
             "nsenter",
             f"--net=/run/netns/{self.namespace}",
             "dockerd",
-            "--live-restore",
+            *(["--live-restore"] if self.live_restore else []),
             f"--data-root={self.folder}/data",
             f"--exec-root={self.folder}/run",
             f"--pidfile={self.folder}/d.pid",
@@ -74,9 +76,15 @@ class SecondDaemon:
         assert self.process is not None
         self.process.send_signal(number)
 
-    def stop(self) -> None:
+    def restart(self, *, live_restore: bool) -> None:
+        if self.live_restore is not live_restore or self.process is None:
+            self.stop()
+            self.live_restore = live_restore
+            self.start()
+
+    def stop(self, by: int = SIGTERM) -> None:
         if self.process is not None:
-            self.process.terminate()
+            self.process.send_signal(by)
             try:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:

@@ -157,7 +157,7 @@ WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING *
 
 -- name: record_endpoint
-UPDATE engines SET host = $3, endpoint_port = $4, container_id = $5, restarts_seen = 0,
+UPDATE engines SET host = $3, endpoint_port = $4, container_id = $5, restarts_seen = 0, process_started_at = NULL,
                    deadline_at = now() + make_interval(secs => $6)
 WHERE id = $1 AND lease_generation = $2 AND operation IS NOT NULL
 RETURNING *
@@ -192,6 +192,7 @@ WITH done AS (
         healthy_since = CASE WHEN $5 THEN now() WHEN $3 = 'running' THEN healthy_since END,
         consecutive_failures = CASE WHEN $5 THEN 0 ELSE consecutive_failures END,
         restarted_at = CASE WHEN $5 THEN '{}' ELSE restarted_at END,
+        restarts_seen = coalesce($19, restarts_seen),
         exited_seen_at = NULL,
         next_probe_at = CASE WHEN $5 THEN next_probe(id, $15) ELSE next_probe_at END,
         last_active_at = CASE WHEN $12::double precision IS NULL THEN last_active_at
@@ -217,10 +218,12 @@ WITH done AS (
     SELECT operation_started_at, product_id, user_id, id, $10::text, operation_actor, $3, $11,
            (extract(epoch FROM clock_timestamp() - operation_started_at) * 1000)::integer
     FROM done WHERE $10::text IS NOT NULL
+    RETURNING id
 ), gave_up AS (
+    -- Joined, so that it stands after the failure that it follows from.
     INSERT INTO audit_log (product_id, user_id, engine_id, action, status, metadata)
-    SELECT product_id, user_id, id, 'auto_restart_gave_up', $3, jsonb_build_object('attempts', restart_attempt)
-    FROM done WHERE $13 = 'give_up'
+    SELECT product_id, user_id, done.id, 'auto_restart_gave_up', $3, jsonb_build_object('attempts', restart_attempt)
+    FROM done LEFT JOIN logged ON true WHERE $13 = 'give_up'
 ), unneeded_keys AS (
     -- Older than the engine's own. A newer one stays, whatever failed: the engine may have heard of it.
     DELETE FROM engine_keys k USING done WHERE k.engine_id = done.id AND k.generation < done.applied_generation

@@ -16,25 +16,32 @@ RETURNING id, product_id, user_id, host, endpoint_port, lease_generation, consec
 
 -- name: record_probes
 -- One statement for a batch. `ok`; `counted`: it failed, and that says something about the engine; `active_ago_s`:
--- since the last work it tells of; `restarts`: the backend's count; `exited`: the backend is about to restart it.
+-- since the last work it tells of; `restarts`: the backend's count, and `started_at` of the process that it was seen
+-- with; `exited`: the backend is about to restart it. An engine that has just exited does not speak for an outage.
 WITH results AS (
     SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::boolean[], $4::boolean[], $5::double precision[],
-                         $6::integer[], $7::boolean[], $8::boolean[], $9::text[])
-        AS r (id, generation, ok, counted, active_ago_s, restarts, exited, audited, reason)
+                         $6::integer[], $7::boolean[], $8::boolean[], $9::text[], $10::timestamptz[])
+        AS r (id, generation, ok, counted, active_ago_s, restarts, exited, audited, reason, started_at)
 ), written AS (
     UPDATE engines e SET
         last_health_at = CASE WHEN r.ok THEN now() ELSE e.last_health_at END,
         consecutive_failures = CASE WHEN r.ok THEN 0 WHEN r.counted THEN e.consecutive_failures + 1
                                     ELSE e.consecutive_failures END,
-        probe_failed_at = CASE WHEN r.counted AND NOT r.exited THEN now() ELSE e.probe_failed_at END,
+        probe_failed_at = CASE WHEN r.counted AND NOT r.exited AND cardinality(note_restarts(
+                e.restarted_at, e.restarts_seen,
+                news_of_restarts(e.restarts_seen, e.process_started_at, r.restarts, r.started_at))) = 0
+            THEN now() ELSE e.probe_failed_at END,
         healthy_since = CASE WHEN r.ok THEN least(coalesce(e.healthy_since, now()), now())
                              WHEN r.counted THEN NULL ELSE e.healthy_since END,
         restart_attempt = CASE WHEN r.ok AND e.healthy_since < now() - interval '10 minutes' THEN 0
                                ELSE e.restart_attempt END,
         last_active_at = CASE WHEN r.active_ago_s IS NULL THEN e.last_active_at
                               ELSE now() - make_interval(secs => r.active_ago_s) END,
-        restarted_at = note_restarts(e.restarted_at, e.restarts_seen, r.restarts),
-        restarts_seen = coalesce(r.restarts, e.restarts_seen),
+        restarted_at = note_restarts(e.restarted_at, e.restarts_seen,
+            news_of_restarts(e.restarts_seen, e.process_started_at, r.restarts, r.started_at)),
+        restarts_seen = coalesce(
+            news_of_restarts(e.restarts_seen, e.process_started_at, r.restarts, r.started_at), e.restarts_seen),
+        process_started_at = greatest(e.process_started_at, r.started_at),
         exited_seen_at = CASE WHEN r.exited THEN coalesce(e.exited_seen_at, now())
                               WHEN r.ok OR r.counted THEN NULL ELSE e.exited_seen_at END
     FROM results r
@@ -53,7 +60,11 @@ FROM written
 
 -- name: note_restart_count
 -- What an event told: how often the backend itself has restarted the engine within ten minutes.
-UPDATE engines SET restarted_at = note_restarts(restarted_at, restarts_seen, $3), restarts_seen = $3
+UPDATE engines SET
+    restarted_at = note_restarts(restarted_at, restarts_seen,
+        news_of_restarts(restarts_seen, process_started_at, $3, $4)),
+    restarts_seen = coalesce(news_of_restarts(restarts_seen, process_started_at, $3, $4), restarts_seen),
+    process_started_at = greatest(process_started_at, $4)
 WHERE id = $1 AND lease_generation = $2 AND status = 'running' AND operation IS NULL
 RETURNING cardinality(restarted_at) AS restarts
 
