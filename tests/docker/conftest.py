@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.docker.daemon import require_docker
+from tests.docker.daemon import ENGINE, ORCHESTRATOR, image_build, require_docker
 from tests.docker.harness import DockerHarness
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from orchestrator.backends.docker_backend import DockerBackend
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -29,3 +33,20 @@ async def harness(tmp_path: Path) -> AsyncIterator[DockerHarness]:
 @pytest.fixture
 async def backend(harness: DockerHarness) -> DockerBackend:
     return await harness.backend()
+
+
+@pytest.fixture(scope="session")
+def images() -> None:
+    """The images of this project, built from this checkout."""
+    require_docker()
+    environment = {**os.environ, "ENGINE_TAG": ENGINE, "ORCHESTRATOR_TAG": ORCHESTRATOR}
+    with image_build():
+        done = subprocess.run([ROOT / "deploy/images.sh"], capture_output=True, env=environment, timeout=590)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.fixture
+async def place(images: None, tmp_path: Path) -> AsyncIterator[DockerHarness]:
+    made = DockerHarness(tmp_path)
+    yield made
+    await made.close()
