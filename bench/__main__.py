@@ -250,7 +250,7 @@ async def _docker(here: World, _: float) -> list[tuple[str, ...]]:
             wake - wake_floor <= 0.004,
         ),
         _row(
-            f"Docker: burst of {docker.BURST}, to healthy (floor: only started)",
+            f"Docker: burst of {docker.BURST}, each to healthy",
             f"{figures.burst_floor:.1f}/s",
             f"{figures.burst_ours:.1f}/s",
             f"{figures.burst_ours / figures.burst_floor:.2f} ×",

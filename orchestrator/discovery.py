@@ -26,10 +26,10 @@ from orchestrator.keys import sha256_hex
 from orchestrator.lifecycle.transitions import State
 from orchestrator.policy import image_of
 from orchestrator.registry.rate import SLOT_LIMIT
-from orchestrator.registry.rows import Caller, engine_url
+from orchestrator.registry.rows import Caller, Sight, engine_url
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from datetime import datetime
     from uuid import UUID
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from orchestrator.policy import RateLimiter
     from orchestrator.registry import Registry
     from orchestrator.settings import Settings
+
+    Row = asyncpg.Record | Mapping[str, Any]
 
 __all__ = ["Admission", "Discovery", "Found"]
 
@@ -100,7 +102,7 @@ class Discovery:
     async def _look_up(self, product_id: UUID, user_id: str) -> asyncpg.Record | None:
         return await self._registry.admissions.look_up(product_id, user_id)
 
-    def _found(self, row: asyncpg.Record, *, with_key: bool) -> Found:
+    def _found(self, row: Row, *, with_key: bool) -> Found:
         key = self._keyring.decrypt(row["key_enc"], row["master_key_id"]) if with_key else None
         return Found(
             row["id"],
@@ -226,12 +228,14 @@ class Discovery:
                     )
                 return self._denied(caller, user_id, "engine_provisioning")
             case State.SLEEPING:
+                seen = row
+                assert seen is not None
                 if auto_wake:
                     return await self._shared(
                         "wake",
                         caller,
                         user_id,
-                        lambda: self._lifecycle.wake(caller.product_id, user_id, actor=caller.actor),
+                        lambda: self._woken(caller, user_id, seen),
                     )
                 return self._denied(caller, user_id, "engine_sleeping")
             case State.FAILED if never_healthy:
@@ -246,6 +250,21 @@ class Discovery:
                 # Came up since the first look.
                 return await self._answer(caller, user_id)
         raise AssertionError(f"unhandled state {status}")
+
+    async def _woken(self, caller: Caller, user_id: str, row: asyncpg.Record) -> Row | None:
+        """Woken by what the admit's own look has found; that and the wake's end say all that the answer needs."""
+        seen = Sight(row["id"], row["location_id"], row["status"])
+        engine = await self._lifecycle.wake(caller.product_id, user_id, actor=caller.actor, seen=seen)
+        if engine.id != row["id"] or engine.key_generation != row["key_generation"]:
+            return None
+        return {
+            **row,
+            "status": engine.status,
+            "host": engine.host,
+            "endpoint_port": engine.endpoint_port,
+            "engine_version": engine.engine_version,
+            "last_health_at": engine.last_health_at,
+        }
 
     async def _provisioned(self, caller: Caller, user_id: str) -> Admission:
         async def provision() -> object:
@@ -289,9 +308,9 @@ class Discovery:
         flight = self._flights.get(key)
         if flight is None:
 
-            async def fly() -> asyncpg.Record | None:
-                await bring_up()
-                return await self._look_up(caller.product_id, user_id)
+            async def fly() -> Row | None:
+                known = await bring_up()
+                return known if isinstance(known, dict) else await self._look_up(caller.product_id, user_id)
 
             flight = asyncio.create_task(fly(), name=f"admit-{what}")
             self._flights[key] = flight
@@ -316,7 +335,7 @@ class Discovery:
     async def _answer(self, caller: Caller, user_id: str) -> Admission:
         return self._answer_of(caller, user_id, await self._look_up(caller.product_id, user_id))
 
-    def _answer_of(self, caller: Caller, user_id: str, row: asyncpg.Record | None) -> Admission:
+    def _answer_of(self, caller: Caller, user_id: str, row: Row | None) -> Admission:
         if row is None:
             return self._denied(caller, user_id, "engine_not_found")
         if row["status"] != State.RUNNING:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from orchestrator.events import Notifications
     from orchestrator.lifecycle.leases import LeaseKeeper
     from orchestrator.lifecycle.means import Means
-    from orchestrator.registry.rows import Engine
+    from orchestrator.registry.rows import Engine, Sight
 
 __all__ = ["Flight", "Flights"]
 
@@ -84,7 +84,7 @@ class Flights:
 
     async def claim(
         self,
-        engine: Engine,
+        engine: Engine | Sight,
         operation: Operation,
         actor: str,
         *,
@@ -105,7 +105,7 @@ class Flights:
 
     async def try_claim(
         self,
-        engine: Engine,
+        engine: Engine | Sight,
         operation: Operation,
         actor: str,
         *,

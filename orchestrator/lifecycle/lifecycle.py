@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.events import Notifications
     from orchestrator.lifecycle.flights import Flights
     from orchestrator.lifecycle.means import Means
-    from orchestrator.registry.rows import Engine
+    from orchestrator.registry.rows import Engine, Sight
 
 __all__ = ["Lifecycle", "Rotated"]
 
@@ -184,9 +184,16 @@ class Lifecycle:
             if kept is not None:
                 return kept
 
-    async def wake(self, product_id: UUID, user_id: str, *, actor: str) -> Engine:
-        """From sleeping to healthy; a wake that meets the going to sleep wins."""
+    async def wake(self, product_id: UUID, user_id: str, *, actor: str, seen: Sight | None = None) -> Engine:
+        """From sleeping to healthy; a wake that meets the going to sleep wins.
+
+        `seen`: asleep a moment ago, which saves the look at it; the claim is the judge.
+        """
         until = time.monotonic() + TRANSITIONS[Operation.WAKE].deadline_s(self._means.settings)
+        if seen is not None:
+            claimed = await self._flights.claim(seen, Operation.WAKE, actor)
+            if claimed is not None:
+                return claimed
         while True:
             engine = await self._require(product_id, user_id)
             state = State(engine.status)

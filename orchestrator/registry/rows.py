@@ -71,6 +71,15 @@ class PlatformKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Sight:
+    """As much of an engine as a claim needs: an admit has it from its own look-up."""
+
+    id: UUID
+    location_id: UUID
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineKey:
     """One key of an engine, in ciphertext; `overlap_s` is what is left of it after it was superseded."""
 

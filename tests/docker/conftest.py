@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.docker.daemon import build_images, require_docker
+from tests.docker.daemon import ENGINE, ORCHESTRATOR, build_images, image_build, require_docker
 from tests.docker.fleet import Fleet, fleet_variables
 from tests.docker.harness import DockerHarness
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from orchestrator.backends.docker_backend import DockerBackend
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -48,3 +52,20 @@ async def fleet(variables: dict[str, str]) -> AsyncIterator[Fleet]:
         yield made
     finally:
         await made.close()
+
+
+@pytest.fixture(scope="session")
+def images() -> None:
+    """The images of this project, built from this checkout."""
+    require_docker()
+    environment = {**os.environ, "ENGINE_TAG": ENGINE, "ORCHESTRATOR_TAG": ORCHESTRATOR}
+    with image_build():
+        done = subprocess.run([ROOT / "deploy/images.sh"], capture_output=True, env=environment, timeout=590)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.fixture
+async def place(images: None, tmp_path: Path) -> AsyncIterator[DockerHarness]:
+    made = DockerHarness(tmp_path)
+    yield made
+    await made.close()

@@ -36,6 +36,9 @@ TESTS = Path(__file__).resolve().parents[1]
 BASE = os.environ.get("ENGINE_TEST_BASE", "engine-orchestrator-base:dev")
 IMAGE = "engine-orchestrator-mimic:1"
 OTHER_IMAGE = "engine-orchestrator-mimic:2"
+# The project's own, as the tests build them.
+ENGINE = "engine-orchestrator-test-engine:dev"
+ORCHESTRATOR = "engine-orchestrator-test:dev"
 
 _RECIPE = """\
 FROM {base}

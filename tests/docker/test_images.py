@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -14,15 +12,10 @@ import pytest
 
 from orchestrator.errors import ConfigurationError
 from tests.conformance.conftest import KEY
-from tests.docker.daemon import BASE, docker, image_build, inspect, require_docker
-from tests.docker.harness import DockerHarness
+from tests.docker.daemon import BASE, ENGINE, ORCHESTRATOR, docker, inspect
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-ENGINE = "engine-orchestrator-test-engine:dev"
-ORCHESTRATOR = "engine-orchestrator-test:dev"
-ROOT = Path(__file__).resolve().parents[2]
+    from tests.docker.harness import DockerHarness
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -58,22 +51,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(scope="module")
-def images() -> None:
-    require_docker()
-    environment = {**os.environ, "ENGINE_TAG": ENGINE, "ORCHESTRATOR_TAG": ORCHESTRATOR}
-    with image_build():
-        done = subprocess.run([ROOT / "deploy/images.sh"], capture_output=True, env=environment, timeout=590)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-
-
-@pytest.fixture
-async def place(images: None, tmp_path: Path) -> AsyncIterator[DockerHarness]:
-    made = DockerHarness(tmp_path)
-    yield made
-    await made.close()
 
 
 def size(image: str) -> int:

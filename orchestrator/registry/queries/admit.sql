@@ -3,7 +3,7 @@
 -- name: admit_by_key
 SELECT k.id AS key_id, k.scopes, p.id AS product_id, p.slug, p.rate_limit_rpm,
        e.id, e.user_id, e.status, e.host, e.endpoint_port, e.engine_version, e.created_at, e.last_health_at,
-       e.operation, e.operation_id, e.first_healthy_at, ek.key_enc, ek.master_key_id
+       e.location_id, e.key_generation, e.first_healthy_at, ek.key_enc, ek.master_key_id
 FROM platform_keys k
 JOIN products p ON p.id = k.product_id
 LEFT JOIN engines e ON e.product_id = p.id AND e.user_id = $2
@@ -34,7 +34,7 @@ WITH caller AS MATERIALIZED (
 )
 SELECT c.*, EXISTS (SELECT FROM taken) AS counted,
        e.id, e.user_id, e.status, e.host, e.endpoint_port, e.engine_version, e.created_at, e.last_health_at,
-       e.operation, e.operation_id, e.first_healthy_at, ek.key_enc, ek.master_key_id
+       e.location_id, e.key_generation, e.first_healthy_at, ek.key_enc, ek.master_key_id
 FROM caller c
 LEFT JOIN engines e ON e.product_id = c.product_id AND e.user_id = $2
 LEFT JOIN engine_keys ek ON ek.engine_id = e.id AND ek.generation = e.key_generation
@@ -47,7 +47,7 @@ WHERE k.key_hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now())
 
 -- name: look_up
 SELECT e.id, e.user_id, e.status, e.host, e.endpoint_port, e.engine_version, e.created_at, e.last_health_at,
-       e.operation, e.operation_id, e.first_healthy_at, ek.key_enc, ek.master_key_id
+       e.location_id, e.key_generation, e.first_healthy_at, ek.key_enc, ek.master_key_id
 FROM engines e
 LEFT JOIN engine_keys ek ON ek.engine_id = e.id AND ek.generation = e.key_generation
 WHERE e.product_id = $1 AND e.user_id = $2
