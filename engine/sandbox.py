@@ -130,7 +130,7 @@ class Sandbox:
 
 def _isolation() -> list[str]:
     arguments = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    arguments += ["--hostname", "sandbox", "--clearenv"]
+    arguments += ["--clearenv"]
     for name, value in _ENVIRONMENT.items():
         arguments += ["--setenv", name, value]
     arguments += ["--ro-bind", "/usr", "/usr"]

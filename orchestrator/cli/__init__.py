@@ -16,6 +16,7 @@ from orchestrator.cli import audit, engines, keys, products, profiles, server, w
 from orchestrator.cli.chat import chat
 from orchestrator.cli.completion import completion
 from orchestrator.cli.doctor import doctor
+from orchestrator.cli.engine import engine_app
 from orchestrator.cli.fleet import events, status
 from orchestrator.cli.output import BY_STATUS, EXIT_CODES_HELP, ExitCode, fail, out
 from orchestrator.cli.reconcile import reconcile
@@ -36,6 +37,8 @@ app = typer.Typer(
 THIS_HOST = "This host's orchestrator"
 for command in (server.dev, server.serve, server.migrate, server.config, doctor, reconcile):
     app.command(rich_help_panel=THIS_HOST)(command)
+
+app.add_typer(engine_app, name="engine", rich_help_panel=THIS_HOST)
 
 FLEET = "The fleet"
 app.command(rich_help_panel=FLEET)(status)
