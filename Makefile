@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup run test bench lint images lock client
+.PHONY: setup run test crash bench lint images lock client
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -21,6 +21,13 @@ run: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# The long versions of what `make test` tries for seconds: hundreds of kills, and of lives with faults in them.
+crash: setup
+	@ORCH_TEST_KILLS=$${ORCH_TEST_KILLS:-300} ORCH_TEST_EXAMPLES=$${ORCH_TEST_EXAMPLES:-200} ORCH_TEST_RANDOM=1 \
+		ORCH_TEST_TURN_S=60 ORCH_TEST_IDLE_S=5 $(BIN)/python -m pytest -s $(ARGS) \
+		tests/integration/test_crash.py tests/integration/test_state_machine.py tests/integration/test_takeover.py \
+		tests/integration/test_sleep_races.py
 
 bench: setup
 	@$(BIN)/python -m bench $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
@@ -13,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from orchestrator import metrics, tracing
 from orchestrator.api.errors import error_response, ours
-from orchestrator.errors import InternalError, OrchestratorError, PayloadTooLarge
+from orchestrator.errors import BackendUnavailable, InternalError, OrchestratorError, PayloadTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,6 +26,7 @@ __all__ = ["MAX_BODY_BYTES", "RequestMiddleware"]
 
 MAX_BODY_BYTES = 1024 * 1024
 CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read an answer
+ENDING = "This orchestrator is ending; what was begun goes on, and another one, or the next, serves the call."
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ESCAPED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 
@@ -112,6 +114,11 @@ class RequestMiddleware:
                 await self._app(scope, received, send_noted)
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:
+            # Only the end of the server cancels a request, when it has waited for as long as it may.
+            if status:
+                raise
+            await error_response(BackendUnavailable(ENDING), request_id)(scope, receive, send_noted)
         except OrchestratorError as error:
             if status:
                 raise  # the answer has begun; the connection must show that it is broken

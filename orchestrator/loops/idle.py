@@ -35,13 +35,21 @@ class IdleLoop:
         free = MAX_AT_ONCE - healing.under_way(Operation.SLEEP) - healing.under_way(Operation.UNLOAD)
         if free <= 0:
             return
-        for row in await idle.due_sleeps(here, settings.idle_sleep_threshold_s, free):
+        sleeps = await idle.due_sleeps(here, settings.idle_sleep_threshold_s, free)
+        unloads = await idle.due_unloads(here, settings.idle_stop_threshold_s, free)
+        if (sleeps or unloads) and await self._watch_clock():
+            return  # it jumped between the two looks at it, and so nobody may be idle at all
+        for row in sleeps:
             await healing.sleep_idle(row["id"], row["lease_generation"], row["threshold_s"])
-        for row in await idle.due_unloads(here, settings.idle_stop_threshold_s, free):
+        for row in unloads:
             await healing.unload(row["id"], row["lease_generation"])
 
-    async def _watch_clock(self) -> None:
-        """A database whose clock jumps must not put the fleet to sleep: then every idle time begins anew."""
+    async def _watch_clock(self) -> bool:
+        """A database whose clock jumps must not put the fleet to sleep: then every idle time begins anew.
+
+        True when it has jumped since the last look.
+        """
+        jumped = False
         asked = time.monotonic()
         now = await self._means.registry.idle.clock()
         answered = time.monotonic()
@@ -50,7 +58,9 @@ class IdleLoop:
             jump_s = (now - then) - ((asked + answered) / 2 - at)
             if abs(jump_s) > CLOCK_JUMP_S + (answered - asked):
                 engines = await self._means.registry.idle.restart_clocks(self._means.location_id)
+                jumped = True
                 log.warning("clock_jumped", seconds=round(jump_s, 1), idle_times_restarted=engines)
                 now, answered = await self._means.registry.idle.clock(), time.monotonic()
                 asked = answered
         self._clock = now, (asked + answered) / 2
+        return jumped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 1.5
 STATEMENT_TIMEOUT_S = 1.8  # waiting for a connection included: an answer within 2 s, whatever happens
+GIVE_BACK_S = 0.1  # for a server to confirm that it has given up a statement; a silent one never does
 NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
 
@@ -161,21 +162,28 @@ class Database:
         return self._pool
 
     async def fetchrow(self, query: str, *args: Any, timeout_s: float = STATEMENT_TIMEOUT_S) -> asyncpg.Record | None:
-        return await self._run(lambda: self.pool.fetchrow(query, *args), timeout_s)
+        return await self._run(lambda connection: connection.fetchrow(query, *args), timeout_s)
 
     async def fetch(self, query: str, *args: Any, timeout_s: float = STATEMENT_TIMEOUT_S) -> list[asyncpg.Record]:
-        return await self._run(lambda: self.pool.fetch(query, *args), timeout_s)
+        return await self._run(lambda connection: connection.fetch(query, *args), timeout_s)
 
     async def fetchval(self, query: str, *args: Any, timeout_s: float = STATEMENT_TIMEOUT_S) -> Any:
-        return await self._run(lambda: self.pool.fetchval(query, *args), timeout_s)
+        return await self._run(lambda connection: connection.fetchval(query, *args), timeout_s)
 
     async def execute(self, query: str, *args: Any, timeout_s: float = STATEMENT_TIMEOUT_S) -> str:
-        return await self._run(lambda: self.pool.execute(query, *args), timeout_s)
+        return await self._run(lambda connection: connection.execute(query, *args), timeout_s)
 
-    async def _run(self, call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    async def _run(self, call: Callable[[Connection], Awaitable[T]], timeout_s: float) -> T:
         try:
             async with asyncio.timeout(timeout_s):
-                return await call()
+                connection = await self.pool.acquire()
+                try:
+                    result = await call(connection)
+                except BaseException:
+                    await self._give_back(connection)
+                    raise
+                await self.pool.release(connection)
+                return result
         except Exception as error:  # whatever is not the connection's failure goes on as it is
             if (unavailable := _unavailable(error)) is None:
                 raise
@@ -191,14 +199,36 @@ class Database:
 
         That the database answers at all is known within `STATEMENT_TIMEOUT_S`, however long the rest may take.
         """
-        async with (
-            _translated(),
-            asyncio.timeout(STATEMENT_TIMEOUT_S) as limit,
-            self.pool.acquire() as connection,
-            connection.transaction(isolation="repeatable_read" if snapshot else "read_committed", readonly=snapshot),
-        ):
-            limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
-            yield connection
+        async with _translated(), asyncio.timeout(STATEMENT_TIMEOUT_S) as limit:
+            connection = await self.pool.acquire()
+            try:
+                isolation = "repeatable_read" if snapshot else "read_committed"
+                transaction = connection.transaction(isolation=isolation, readonly=snapshot)
+                await transaction.start()
+                limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+                try:
+                    yield connection
+                except BaseException:
+                    await self._roll_back(connection, transaction)
+                    raise
+                await transaction.commit()
+            except BaseException:
+                await self._give_back(connection)
+                raise
+            await self.pool.release(connection)
+
+    async def _roll_back(self, connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
+        """Soon, or by the end of the connection, which the server understands as well."""
+        try:
+            async with asyncio.timeout(GIVE_BACK_S):
+                await transaction.rollback()
+        except Exception:  # noqa: BLE001 - whatever it was: no connection goes back to the pool in a transaction
+            connection.terminate()
+
+    async def _give_back(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
+        """After a failure. asyncpg waits without a limit for a server to confirm that a statement was given up."""
+        with suppress(Exception):  # then the connection is ended, and the failure itself is what the caller hears
+            await self.pool.release(connection, timeout=GIVE_BACK_S)
 
 
 async def _keep(connection: Connection) -> None:

@@ -38,10 +38,11 @@ ORDER BY slept_at LIMIT $3
 SELECT extract(epoch FROM clock_timestamp())::double precision
 
 -- name: restart_idle_clocks
--- The clock has jumped: what was active a while ago cannot be told any more, so everybody has been active just now.
+-- The clock has jumped: what was active a while ago cannot be told any more, so everybody has been active,
+-- or has fallen asleep, just now.
 WITH touched AS (
     UPDATE engines SET running_since = now(), last_active_at = least(last_active_at, now()),
-                       slept_at = least(slept_at, now())
+                       slept_at = CASE WHEN status = 'sleeping' THEN now() END
     WHERE location_id = $1 AND status IN ('running', 'sleeping') AND operation IS NULL
     RETURNING id, status
 ), admitted AS (
