@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from platformdirs import user_config_path
+from platformdirs import user_config_path, user_state_path
 
 from orchestrator.errors import ConfigurationError
-from orchestrator.settings import default_state_dir
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -168,10 +167,15 @@ def _of_this_host(environment: Mapping[str, str]) -> Profile | None:
     return Profile(f"http://{host}:{environment.get('ORCH_PORT') or 8000}", admin_key=keys[0], source="ORCH_ADMIN_KEY")
 
 
+def state_dir() -> Path:
+    """As `settings.default_state_dir`, whose import would cost each command a tenth of a second."""
+    return user_state_path("engine-orchestrator", appauthor=False)
+
+
 def _of_dev() -> Profile | None:
     """What `orchestrator dev` wrote for its owner, while it runs."""
     try:
-        content = json.loads((default_state_dir() / "dev" / "dev.json").read_text(encoding="utf-8"))
+        content = json.loads((state_dir() / "dev" / "dev.json").read_text(encoding="utf-8"))
         return Profile(content["url"], content["platform_key"], content["admin_key"], source="orchestrator dev")
     except (OSError, ValueError, KeyError, TypeError):
         return None

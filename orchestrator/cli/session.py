@@ -72,8 +72,10 @@ class Session:
             timeline = await self.client.timeline(user_id)
         except (NotFound, EngineNotFound, PolicyDenied):
             return (await self.client.engine(user_id)).status
-        running = [phase.name for phase in timeline.phases if phase.duration_ms is None]
-        return " · ".join(filter(None, (timeline.operation, timeline.stalled_on or (running or [""])[-1])))
+        if timeline.status not in ("provisioning", "destroying") and timeline.stalled_on is None:
+            return timeline.status
+        detail = timeline.last_log if timeline.stalled_on == "pull" else None
+        return " · ".join(filter(None, (timeline.operation, timeline.stalled_on, detail)))
 
     async def product_id(self, name: str) -> UUID:
         """The id of a product by slug or id. Needs the admin key."""

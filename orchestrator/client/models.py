@@ -128,17 +128,17 @@ class LogList(Model):
 class Phase(Model):
     name: str
     started_at: datetime
-    duration_ms: float | None
+    duration_ms: int | None
 
 
 class Timeline(Model):
-    """The phases of the engine's last operation; `stalled_on` names the one that did not end."""
+    """The phases of the operation under way, or of the last one; `stalled_on`: the one that it is in, or failed in."""
 
     engine_id: UUID
     operation: str | None
     status: str
     started_at: datetime | None
-    duration_ms: float | None
+    duration_ms: int | None
     phases: list[Phase]
     stalled_on: str | None
     last_log: str | None

@@ -11,17 +11,19 @@ import pytest
 from orchestrator import profiles
 from orchestrator.errors import ConfigurationError
 from orchestrator.profiles import Profile, Profiles, find_profile
+from orchestrator.settings import default_state_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+REAL_STATE_DIR = profiles.state_dir
 URL = "http://127.0.0.1:8000"
 
 
 @pytest.fixture(autouse=True)
 def no_dev(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No `orchestrator dev` of this machine's user."""
-    monkeypatch.setattr(profiles, "default_state_dir", lambda: tmp_path / "state")
+    monkeypatch.setattr(profiles, "state_dir", lambda: tmp_path / "state")
 
 
 @pytest.fixture
@@ -37,6 +39,10 @@ def saved(environment: dict[str, str], tmp_path: Path) -> Profiles:
     made.current = "prod"
     made.save()
     return made
+
+
+def test_dev_is_looked_for_where_it_writes() -> None:
+    assert REAL_STATE_DIR() == default_state_dir()
 
 
 def test_the_file_is_the_owners_alone_and_comes_back_as_it_was(saved: Profiles) -> None:
