@@ -186,7 +186,10 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !hasKey() || document.querySelector("dialog[open]")) return;
   const typing = event.target.matches("input, textarea, select");
   if (typing) {
-    if (event.key === "Escape") event.target.blur();
+    if (event.key === "Escape") {
+      event.preventDefault(); // a search field would be emptied
+      event.target.blur();
+    }
     return;
   }
   const afterG = pendingG;

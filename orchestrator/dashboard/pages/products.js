@@ -112,7 +112,7 @@ export function productsPage(openId) {
   async function rotate(product) {
     const done = await confirmed({
       title: `Rotate the platform keys of ${product.display_name}`, verb: "Rotate",
-      text: "A new key is issued; the present ones end after the overlap.",
+      text: "A new key that may do everything; the others that may end after the overlap. Keys for admit or read stay.",
       fields: { overlap: { label: "Overlap", element: h("select", {}, [["300", "5 minutes"], ["3600", "1 hour"], ["86400", "1 day"],
         ["0", "none: they end now"]].map(([value, text]) => h("option", { value }, text))) } },
       act: ({ overlap }) => call("POST", `${path(product)}/rotate-platform-key`, { body: { overlap_seconds: Number(overlap) } }),
