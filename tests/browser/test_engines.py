@@ -62,7 +62,7 @@ async def test_everything_by_keyboard(open_dashboard: Opener, api: Api) -> None:
     page, keys = dashboard.page, dashboard.page.keyboard
     await keys.press("g")
     await keys.press("e")
-    await expect(page.get_by_role("heading", name="Engines")).to_be_visible()
+    await expect(page.get_by_role("heading", name="Engines", level=1)).to_be_visible()
     await expect(rows(page)).to_have_count(3)
     await expect(page.get_by_role("searchbox")).to_be_focused()
     await keys.type("bo")

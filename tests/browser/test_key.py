@@ -54,7 +54,7 @@ async def test_a_key_that_is_refused_later_locks_the_page(open_dashboard: Opener
     served.plane.settings = settings.model_copy(update={"admin_key": settings.admin_key[:0]})
     await dashboard.page.get_by_role("link", name="Engines", exact=True).click()
     await expect(dashboard.page.get_by_role("alert")).to_contain_text("not valid any more")
-    await expect(dashboard.page.get_by_role("heading", name="Engines")).to_have_count(0)
+    await expect(dashboard.page.get_by_role("heading", name="Engines", level=1)).to_have_count(0)
 
 
 async def test_names_are_text_and_the_policy_holds(open_dashboard: Opener, api: Api) -> None:

@@ -111,7 +111,7 @@ async def test_a_key_shown_once_stays_until_it_is_put_away(open_dashboard: Opene
     await expect(keys_of(card)).to_have_count(2)
     assert await shown_key(page) == key
     await page.get_by_role("link", name="Engines", exact=True).click()
-    await expect(page.get_by_role("heading", name="Engines")).to_be_visible()
+    await expect(page.get_by_role("heading", name="Engines", level=1)).to_be_visible()
     await page.get_by_role("link", name="Products").click()
     assert await shown_key(page) == key
     await page.get_by_role("button", name="Lock").click()
