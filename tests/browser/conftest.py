@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from tests.integration.conftest import ADMIN_KEY, admin, api, deployment, served
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from playwright.async_api import Browser, BrowserContext, Page
+    from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request
 
     from tests.integration.conftest import Served
 
@@ -35,6 +36,16 @@ class Dashboard:
     page: Page
     url: str
     complaints: list[str] = field(default_factory=list)
+
+    def heard(self, message: ConsoleMessage) -> None:
+        # What this orchestrator does not offer, the page is told by a 404, and does without.
+        if message.type == "error" and not re.search(r"/(events|logs|timeline)\b", message.location["url"]):
+            self.complaints.append(message.text)
+
+    def unloaded(self, request: Request) -> None:
+        # What a page asked for when it was left is given up, and that is as it should be.
+        if request.failure != "net::ERR_ABORTED":
+            self.complaints.append(f"{request.url}: {request.failure}")
 
     async def visit(self, route: str) -> None:
         """Another page of the dashboard, without losing the key, once it has shown its data."""
@@ -72,6 +83,7 @@ class Opener:
         self._browser = browser
         self._url = f"{served.url}/dashboard"
         self._contexts: list[BrowserContext] = []
+        self._opened: list[Dashboard] = []
 
     async def __call__(
         self, *, dark: bool = False, width: int = 1280, height: int = 900, unlock: bool = True
@@ -87,8 +99,10 @@ class Opener:
         context.set_default_timeout(TIMEOUT_MS)
         page = await context.new_page()
         made = Dashboard(page, self._url)
-        page.on("console", lambda message: made.complaints.append(message.text) if message.type == "error" else None)
+        self._opened.append(made)
+        page.on("console", made.heard)
         page.on("pageerror", lambda error: made.complaints.append(str(error)))
+        page.on("requestfailed", lambda request: made.unloaded(request))
         await page.goto(self._url)
         if unlock:
             await made.unlock()
@@ -96,6 +110,8 @@ class Opener:
         return made
 
     async def close(self) -> None:
+        for dashboard in self._opened:
+            print("the browser's complaints:", dashboard.complaints)  # seen when the test has failed
         for context in self._contexts:
             await context.close()
 

@@ -237,8 +237,8 @@ async def test_history_follows_from_the_audit(served: Served, api: Api, admin: A
             "INSERT INTO admit_denials VALUES ($1, 'ann', 'RATE_LIMITED', date_trunc('minute', now()), 5)", product_id
         )
 
-    status, body = await admin.get(f"/dashboard/data/fleet?hours=2&product_id={product_id}")
-    assert status == 200
+    answered, body = await admin.get(f"/dashboard/data/fleet?hours=2&product_id={product_id}")
+    assert answered == 200
     states, series = body["history"]["states"], body["history"]["series"]
     assert body["history"]["step_s"] == 60
 
