@@ -55,7 +55,9 @@ export function chart({ title, series, stacked = false, format, height = 180 }) 
           month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" })) },
         ...shown.map((one) => ({
           label: one.label, stroke: colour(one.colour), width: stacked ? 1 : 1.75, spanGaps: true,
-          fill: stacked || one.kind === "bars" ? colour(one.colour) : undefined,
+          // An area is large: its colour is calmer than a line's.
+          fill: stacked ? `color-mix(in srgb, ${colour(one.colour)} 70%, ${colour("card")})`
+            : one.kind === "bars" ? colour(one.colour) : undefined,
           paths: one.kind === "bars" ? uPlot.paths.bars({ size: [0.7, 14], align: -1 }) : undefined,
           points: { show: one.kind === "bars" ? false : undefined, size: 5 },
           value: (_, __, ___, index) => {

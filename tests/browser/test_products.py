@@ -105,7 +105,7 @@ async def test_a_key_shown_once_stays_until_it_is_put_away(open_dashboard: Opene
     key = await shown_key(page)
     # The event of the key itself, and others, make the list anew.
     await api.provision("ann")
-    await expect(card).to_contain_text("1 engines")
+    await expect(card).to_contain_text("1 engine")
     await api.provision("bob")
     await expect(card).to_contain_text("2 engines")
     await expect(keys_of(card)).to_have_count(2)

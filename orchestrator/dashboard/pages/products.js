@@ -43,7 +43,7 @@ export function productsPage(openId) {
 
   const card = (product) => h("section.card.product", { "aria-label": product.display_name, dataset: { open: String(product.product_id === openId) } },
     h("div.head", {}, h("h2", {}, product.display_name), h("code", {}, product.slug),
-      h("a", { href: `#/engines?product=${product.product_id}` }, `${integer(product.engines)} engines`), h("span.space"),
+      h("a", { href: `#/engines?product=${product.product_id}` }, `${integer(product.engines)} ${product.engines === 1 ? "engine" : "engines"}`), h("span.space"),
       button("Policy", () => policy(product)), button("New key", () => issue(product)),
       button("Rotate", () => rotate(product)), button("Delete", () => remove(product), "danger")),
     h("p", {}, Object.keys(product.policy).length
