@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FILES = Path(orchestrator.__file__).parent / "dashboard"
 SVG = "http://www.w3.org/2000/svg"
-QUESTIONS = ("fleet", "engines", "products", f"engines/{uuid4()}")
+QUESTIONS = ("fleet", "engines", "products", "engines/0a8f1f4e-98b8-4a35-9d3c-0e8f5f5a4c11")
 
 
 # --- the page ----------------------------------------------------------------------------------------------------
