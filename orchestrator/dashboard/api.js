@@ -29,15 +29,20 @@ export async function request(method, path, { body, productId, headers = {}, sig
   const sent = { ...headers, "X-Admin-Key": adminKey ?? "" };
   if (productId) sent["X-Product-Id"] = productId;
   if (body !== undefined) sent["Content-Type"] = "application/json";
+  const options = {
+    method, headers: sent, signal, cache: "no-store", credentials: "omit", redirect: "error",
+    body: body === undefined ? undefined : JSON.stringify(body),
+  };
   let response;
-  try {
-    response = await fetch(ROOT + path, {
-      method, headers: sent, signal, cache: "no-store", credentials: "omit", redirect: "error",
-      body: body === undefined ? undefined : JSON.stringify(body),
-    });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "UNREACHABLE", "The orchestrator does not answer.");
+  for (let attempt = 0; response === undefined; attempt += 1) {
+    try {
+      response = await fetch(ROOT + path, options);
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      // A browser gives up what it loads when its network changes; what only asks may ask again.
+      if (method !== "GET" || attempt >= 2) throw new ApiError(0, "UNREACHABLE", "The orchestrator does not answer.");
+      await new Promise((resolve) => { setTimeout(resolve, 300); });
+    }
   }
   noteServerTime(response.headers.get("date"));
   if (response.ok) return response;

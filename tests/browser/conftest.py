@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,14 +64,15 @@ class Dashboard:
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if path is None:
+    if shutil.which(os.environ.get("CHROMIUM", "chromium")) is None:
         if os.environ.get("CI"):
             pytest.fail("chromium is missing: run tests/browser/setup.sh")
         pytest.skip("chromium is missing: run tests/browser/setup.sh")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"], timeout=TIMEOUT_MS
+            executable_path=Path(__file__).with_name("chromium.py"),
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+            timeout=TIMEOUT_MS,
         )
         try:
             yield browser
