@@ -1,4 +1,4 @@
-"""What deploy/ hands to Prometheus, Grafana and systemd, checked by their own tools (`tests/tools.sh` installs them)."""
+"""What deploy/ hands to Prometheus, Grafana and systemd, checked by their own tools; `tests/tools.sh` installs them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_alert_rules_are_valid_and_fire_when_they_should() -> None:
 def test_prometheus_configuration_is_valid(tmp_path: Path) -> None:
     for name in ("prometheus.yml", "alerts.yml"):
         text = (PROMETHEUS / name).read_text()
-        (tmp_path / name).write_text(text.replace("/etc/prometheus", str(tmp_path)).replace("/tmp", str(tmp_path)))
+        (tmp_path / name).write_text(re.sub(r"/etc/prometheus|/tmp", str(tmp_path), text))
     (tmp_path / "admin_key").write_text("key")
     run("promtool", "check", "config", tmp_path / "prometheus.yml")
 
