@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup run test crash bench lint images lock client
+.PHONY: setup run test crash bench lint docs images lock client
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -37,6 +37,10 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+# The references that are made from the code: docs/configuration.md and docs/api.md.
+docs: setup
+	@$(BIN)/python scripts/reference_docs.py
 
 # Needs a Docker Engine; works where no image registry answers.
 images:

@@ -14,6 +14,7 @@ from orchestrator.api.openapi import describe
 from orchestrator.api.routes import (
     admin,
     audit,
+    dashboard,
     discovery,
     events,
     fleet,
@@ -78,6 +79,7 @@ def create_app(plane: ControlPlane, *, manage_plane: bool = False) -> FastAPI:
         admin,
         keys,
         prometheus,
+        dashboard,
     ):
         app.include_router(routes.router)
     errors.install(app)

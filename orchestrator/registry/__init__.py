@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.registry.admissions import AdmissionRegistry
 from orchestrator.registry.audit import AuditRegistry
+from orchestrator.registry.dashboard import DashboardRegistry
 from orchestrator.registry.database import sql
 from orchestrator.registry.engines import EngineRegistry
 from orchestrator.registry.fleet import FleetRegistry
@@ -45,6 +46,7 @@ class Registry:
         self.health = HealthRegistry(database)
         self.idle = IdleRegistry(database)
         self.orphans = OrphanRegistry(database)
+        self.dashboard = DashboardRegistry(database)
 
     async def deployment_id(self) -> UUID:
         """The mark of ownership that the first migration made."""

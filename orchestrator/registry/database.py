@@ -7,7 +7,7 @@ import re
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import asyncpg
 import orjson
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Database", "connect", "sql"]
 
 T = TypeVar("T")
+Isolation = Literal["repeatable_read", "read_committed"]
 
 CONNECT_TIMEOUT_S = 1.5
 STATEMENT_TIMEOUT_S = 1.8  # waiting for a connection included: an answer within 2 s, whatever happens
@@ -202,7 +203,7 @@ class Database:
         async with _translated(), asyncio.timeout(STATEMENT_TIMEOUT_S) as limit:
             connection = await self.pool.acquire()
             try:
-                isolation = "repeatable_read" if snapshot else "read_committed"
+                isolation: Isolation = "repeatable_read" if snapshot else "read_committed"
                 transaction = connection.transaction(isolation=isolation, readonly=snapshot)
                 await transaction.start()
                 limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
