@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -16,9 +16,34 @@ if TYPE_CHECKING:
     from orchestrator.registry.audit import AuditRegistry
     from orchestrator.registry.rows import AuditRow
 
-__all__ = ["ChainReport", "row_hash", "sequence", "verify"]
+__all__ = ["ACTIONS", "ChainReport", "event_of", "row_hash", "sequence", "verify"]
 
 LATE_S = 60  # a row that waits longer for its position means that no sequencer works
+
+
+ACTIONS = frozenset(
+    {
+        *("provision", "provision_failed", "start", "stop", "sleep", "wake", "recover", "destroy", "rotate_key"),
+        *("upgrade", "snapshot", "restore", "fork", "port_changed"),
+        *("health_check", "health_failed"),
+        *("auto_restart_start", "auto_restart_success", "auto_restart_failed", "auto_restart_gave_up"),
+        *("admit_denied", "policy_register", "policy_update", "product_delete"),
+        *("key_issue", "key_revoke", "rewrap", "reconcile_adopt", "reconcile_orphan"),
+    }
+)
+
+
+def event_of(row: AuditRow) -> dict[str, Any]:
+    """A sequenced row as `/events` and webhooks tell it, ready for JSON."""
+    return {
+        "seq": row.seq,
+        "timestamp": row.timestamp.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "action": row.action,
+        "user_id": row.user_id,
+        "engine_id": None if row.engine_id is None else str(row.engine_id),
+        "status": row.status,
+        "metadata": row.metadata,
+    }
 
 
 def row_hash(prev_hash: str, seq: int, row: AuditRow) -> str:

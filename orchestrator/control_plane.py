@@ -34,6 +34,7 @@ from orchestrator.registry import Registry
 from orchestrator.registry.database import Database
 from orchestrator.registry.migrations import migrate, require_migrated
 from orchestrator.rewrap import Rewrap
+from orchestrator.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -77,8 +78,10 @@ class ControlPlane:
         self.activity = ActivityRecorder(self.registry)
         self.limiter = RateLimiter(self.registry.rate)
         self.rewrap = Rewrap(self.registry.rewrap, self.keyring)
+        self.webhooks = Webhooks(self.registry, self.keyring, settings.webhook_allowed_networks)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.keeper = LeaseKeeper(self.registry.engines, self.notifications, owner, settings.lease_s)
+        self.followers = 0  # of engines' logs
         self.loops = LoopRunner([])
 
     async def open(self, *, loops: bool = True) -> None:
@@ -97,6 +100,7 @@ class ControlPlane:
         location_id = await self.backend.location_id()
         await self._require_location(location_id)
         await self.http.open()
+        await self.webhooks.open()
         await self.notifications.open()
         await self.keeper.open()
         self.means = Means(
@@ -142,6 +146,7 @@ class ControlPlane:
                 Loop("timelines", 1, lambda: self.means.timelines.flush(self.registry)),
                 Loop("rate", 1, self.limiter.settle),
                 Loop("audit", 0.5, lambda: audit.sequence(self.registry.audit)),
+                Loop("webhooks", 0.5, self.webhooks.round),
                 Loop("rewrap", 1, self.rewrap.round),
                 Loop("offboarding", 5, self.offboarding.round),
                 Loop("housekeeping", 60, self._housekeeping),
@@ -185,6 +190,7 @@ class ControlPlane:
                 log.warning("last_flush_failed", error=error.message)
         await self.keeper.close()
         await self.notifications.close()
+        await self.webhooks.close()
         await self.http.close()
         if hasattr(self, "backend"):
             await self.backend.close()

@@ -22,6 +22,7 @@ __all__ = ["Notifications"]
 
 CHANNEL = "orchestrator_engine"
 WISH_CHANNEL = "orchestrator_wish"
+AUDIT_CHANNEL = "orchestrator_audit"
 POLL_S = 1.0
 PROOF_S = 10.0  # of silence, after which the listening connection must show that it still leads somewhere
 
@@ -35,6 +36,8 @@ class Notifications:
         self._url = listen_url
         self._waiting: defaultdict[UUID, set[asyncio.Event]] = defaultdict(set)
         self._wishes: defaultdict[UUID, list[asyncio.Event]] = defaultdict(list)
+        self._audit: defaultdict[str | None, set[asyncio.Event]] = defaultdict(set)
+        self.audit_subscribers = 0
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -71,6 +74,20 @@ class Notifications:
             if not self._wishes[engine_id]:
                 del self._wishes[engine_id]
 
+    @contextmanager
+    def audit_subscription(self, chain: str | None) -> Iterator[asyncio.Event]:
+        """An event that is set when rows of the chain (None: of any) may have been sequenced."""
+        sequenced = asyncio.Event()
+        self._audit[chain].add(sequenced)
+        self.audit_subscribers += 1
+        try:
+            yield sequenced
+        finally:
+            self.audit_subscribers -= 1
+            self._audit[chain].discard(sequenced)
+            if not self._audit[chain]:
+                del self._audit[chain]
+
     def changed(self, engine_id: UUID) -> None:
         """Wake this process's own waiters."""
         for event in self._waiting.get(engine_id, ()):
@@ -90,6 +107,7 @@ class Notifications:
                 connection.add_termination_listener(lambda *_, lost=lost: lost.set())
                 await connection.add_listener(CHANNEL, self._on_change)
                 await connection.add_listener(WISH_CHANNEL, self._on_wish)
+                await connection.add_listener(AUDIT_CHANNEL, self._on_audit)
                 delay_s = 0.1
                 while not await happens_within(lost, PROOF_S):
                     await connection.execute("SELECT 1", timeout=5)
@@ -105,6 +123,11 @@ class Notifications:
     def _on_change(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         with suppress(ValueError):
             self.changed(UUID(str(payload)))
+
+    def _on_audit(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
+        for chain in (str(payload), None):
+            for sequenced in self._audit.get(chain, ()):
+                sequenced.set()
 
     def _on_wish(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         with suppress(ValueError):

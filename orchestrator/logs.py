@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["configure_logging"]
 
 # The last line of defence: no code passes a key to a log call.
-_KEY = re.compile(r"\b([sp]k-sept-)[A-Za-z0-9_-]{8,}")
+_KEY = re.compile(r"\b((?:[sp]k|whsec)-sept-)[A-Za-z0-9_-]{8,}")
 
 
 def _without_keys(_logger: Any, _method: str, event: EventDict) -> EventDict:

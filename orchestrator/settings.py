@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -91,6 +92,10 @@ class Settings(BaseSettings):
     engine_read_only: bool = Field(False, description="read-only root with tmpfs")
     engine_seccomp: str = Field("default", description="seccomp profile: default or a file")
 
+    webhook_allowed_networks: Names = Field(
+        (), description="networks (CIDR, comma-separated) that webhooks may reach besides public addresses"
+    )
+
     audit_retention_days: int = Field(0, ge=0, description="0 = keep")
     deployment_id: str | None = Field(None, description="display name of this deployment")
 
@@ -103,7 +108,7 @@ class Settings(BaseSettings):
         description="json, or console on a terminal",
     )
 
-    @field_validator("engine_env_passthrough", "master_key", "admin_key", mode="before")
+    @field_validator("engine_env_passthrough", "webhook_allowed_networks", "master_key", "admin_key", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, SecretStr):
@@ -125,6 +130,16 @@ class Settings(BaseSettings):
                 raise ValueError("names of environment variables, comma-separated")
             if name.startswith("ORCH_"):
                 raise ValueError(f"{name} belongs to the orchestrator and is never handed to engines")
+        return value
+
+    @field_validator("webhook_allowed_networks")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ip_network(network)
+            except ValueError:
+                raise ValueError("networks as 10.1.0.0/16 or fd00::/8, comma-separated") from None
         return value
 
     @field_validator("master_key")

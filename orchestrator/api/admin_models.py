@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, StrictInt
+from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, StrictInt, StrictStr
 
 from orchestrator.api.models import Request, Timestamp
+from orchestrator.audit import ACTIONS
 
 __all__ = ["BODIES"]
 
@@ -104,4 +105,72 @@ class AuditAnswer(BaseModel):
     next_cursor: str | None = Field(description="for the next page; null on the last one")
 
 
-BODIES = (KeyRequest, RotatePlatformKeyRequest)
+def _known_actions(events: list[str]) -> list[str]:
+    for event in events:
+        if event != "*" and event not in ACTIONS:
+            raise ValueError(f"'{event[:40]}' is no action; one of {', '.join(sorted(ACTIONS))}, or * for all")
+    return events
+
+
+class WebhookRequest(Request):
+    url: StrictStr = Field(examples=["https://hooks.example.com/engines"])
+    events: Annotated[list[StrictStr], Field(max_length=100), AfterValidator(_known_actions)] = Field(
+        default_factory=list, description="actions; empty or `*`: all", examples=[["provision", "health_failed"]]
+    )
+
+    def actions(self) -> list[str]:
+        """The wanted actions in order, each once; empty for all."""
+        return [] if "*" in self.events else sorted(set(self.events))
+
+
+class Event(BaseModel):
+    """The `data` of `/events`, and the body of a webhook."""
+
+    seq: int
+    timestamp: Timestamp
+    action: str
+    user_id: str | None
+    engine_id: UUID | None
+    status: str | None
+    metadata: dict[str, Any]
+    product_id: UUID | None = Field(None, description="only for the admin key over all products")
+
+
+class ListedWebhook(BaseModel):
+    webhook_id: UUID
+    url: str
+    events: list[str] = Field(description="empty: all")
+    created_at: Timestamp
+
+
+class CreatedWebhook(ListedWebhook):
+    secret: str = Field(description="shown only here", examples=["whsec-sept-…"])
+
+
+class WebhooksAnswer(BaseModel):
+    webhooks: list[ListedWebhook]
+
+
+class DeletedWebhook(BaseModel):
+    webhook_id: UUID
+    status: str = Field(examples=["deleted"])
+
+
+class Delivery(BaseModel):
+    delivery_id: str = Field(description="the `X-Orchestrator-Delivery` of every attempt")
+    seq: int = Field(description="of the event")
+    action: str
+    status: str = Field(description="`delivered`; `pending`: is tried again; `parked`: given up after a day")
+    attempts: int
+    first_attempt_at: Timestamp
+    last_attempt_at: Timestamp
+    next_attempt_at: Timestamp | None
+    response_status: int | None = Field(description="of the last answer; null when there was none")
+    error: str | None
+
+
+class DeliveriesAnswer(BaseModel):
+    deliveries: list[Delivery]
+
+
+BODIES = (KeyRequest, RotatePlatformKeyRequest, WebhookRequest, Event)

@@ -11,7 +11,19 @@ from orchestrator import __version__
 from orchestrator.api import errors
 from orchestrator.api.middleware import RequestMiddleware
 from orchestrator.api.openapi import describe
-from orchestrator.api.routes import admin, audit, discovery, fleet, health, keys, lifecycle, timeline
+from orchestrator.api.routes import (
+    admin,
+    audit,
+    discovery,
+    events,
+    fleet,
+    health,
+    keys,
+    lifecycle,
+    logs,
+    timeline,
+    webhooks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,7 +64,7 @@ def create_app(plane: ControlPlane, *, manage_plane: bool = False) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.plane = plane
-    for routes in (health, lifecycle, timeline, discovery, fleet, audit, admin, keys):
+    for routes in (health, lifecycle, timeline, logs, discovery, fleet, audit, events, webhooks, admin, keys):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(RequestMiddleware, admit=discovery.admit)

@@ -190,6 +190,16 @@ class KeepAliveAnswer(BaseModel):
     keep_alive_until: Timestamp | None
 
 
+class LogEntry(BaseModel):
+    timestamp: Timestamp | None = Field(description="null where the line does not tell and the backend does not know")
+    stream: str = Field(description="`stdout` or `stderr`; a backend that does not tell them apart says `stdout`")
+    line: str
+
+
+class LogsAnswer(BaseModel):
+    lines: list[LogEntry]
+
+
 class ProductFleet(BaseModel):
     product_id: UUID
     total: int

@@ -50,6 +50,7 @@ _TAGS = [
     {"name": "lifecycle", "description": "Calls that change one engine."},
     {"name": "fleet", "description": "Many engines at once."},
     {"name": "audit", "description": "What happened, in order."},
+    {"name": "webhooks", "description": "Events, delivered."},
     {"name": "admin", "description": "Products, their policies and their keys."},
     {"name": "health", "description": "The orchestrator itself."},
 ]

@@ -312,10 +312,10 @@ class AsyncOrchestratorClient:
 
     # --- webhooks -----------------------------------------------------------------------------------------
 
-    async def create_webhook(self, url: str, *, events: Sequence[str] = ()) -> models.Webhook:
+    async def create_webhook(self, url: str, *, events: Sequence[str] = ()) -> models.CreatedWebhook:
         """Events of these actions (none named: all) are sent to `url`; the answer alone has the signing `secret`."""
         body = {"url": url, "events": list(events)}
-        return parsed(models.Webhook, await self._send(Call("POST", "/webhooks", body=body)))
+        return parsed(models.CreatedWebhook, await self._send(Call("POST", "/webhooks", body=body)))
 
     async def webhooks(self) -> list[models.Webhook]:
         return (await self._get(models.WebhookList, "/webhooks")).webhooks

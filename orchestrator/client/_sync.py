@@ -308,10 +308,10 @@ class OrchestratorClient:
 
     # --- webhooks -----------------------------------------------------------------------------------------
 
-    def create_webhook(self, url: str, *, events: Sequence[str] = ()) -> models.Webhook:
+    def create_webhook(self, url: str, *, events: Sequence[str] = ()) -> models.CreatedWebhook:
         """Events of these actions (none named: all) are sent to `url`; the answer alone has the signing `secret`."""
         body = {"url": url, "events": list(events)}
-        return parsed(models.Webhook, self._send(Call("POST", "/webhooks", body=body)))
+        return parsed(models.CreatedWebhook, self._send(Call("POST", "/webhooks", body=body)))
 
     def webhooks(self) -> list[models.Webhook]:
         return (self._get(models.WebhookList, "/webhooks")).webhooks

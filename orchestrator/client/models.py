@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "AuditEntry",
     "AuditPage",
+    "CreatedWebhook",
     "DeletedProduct",
     "Delivery",
     "EngineInfo",
@@ -236,13 +237,16 @@ class Event(Model):
 
 
 class Webhook(Model):
-    """`secret` is there only in the answer that made it."""
-
     webhook_id: UUID
     url: str
     events: list[str]
-    secret: str | None = Field(None, repr=False)
-    created_at: datetime | None = None
+    created_at: datetime
+
+
+class CreatedWebhook(Webhook):
+    """The only answer that has the secret."""
+
+    secret: str = Field(repr=False)
 
 
 class WebhookList(Model):
@@ -250,9 +254,16 @@ class WebhookList(Model):
 
 
 class Delivery(Model):
-    delivery_id: UUID | int | str
+    delivery_id: str
+    seq: int
+    action: str
     status: str
     attempts: int
+    first_attempt_at: datetime
+    last_attempt_at: datetime
+    next_attempt_at: datetime | None
+    response_status: int | None
+    error: str | None
 
 
 class DeliveryList(Model):

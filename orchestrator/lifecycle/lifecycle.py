@@ -24,11 +24,15 @@ from orchestrator.errors import (
 )
 from orchestrator.events import wait_briefly
 from orchestrator.keys import new_engine_key, sha256_hex
+from orchestrator.lifecycle.logs import engine_logs
 from orchestrator.lifecycle.operations import Parameters
 from orchestrator.lifecycle.transitions import CALLS, TRANSITIONS, Call, Operation, Rule, State
 from orchestrator.registry.engines import Inserted, NewEngine
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from orchestrator.backends.base import LogLine
     from orchestrator.events import Notifications
     from orchestrator.lifecycle.flights import Flights
     from orchestrator.lifecycle.means import Means
@@ -238,6 +242,10 @@ class Lifecycle:
                 if left_s <= 0:
                     raise WaitTimeout(wanted, now.status, timeout_s)
                 await wait_briefly(changed, min(1.0, left_s))
+
+    async def logs(self, product_id: UUID, user_id: str, *, tail: int, follow: bool) -> AsyncGenerator[LogLine, None]:
+        """See `engine_logs`."""
+        return await engine_logs(self._means, product_id, user_id, tail=tail, follow=follow)
 
     # --- the table, executed ----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from orchestrator.registry.products import ProductRegistry
 from orchestrator.registry.rate import RateRegistry
 from orchestrator.registry.rewrap import RewrapRegistry
 from orchestrator.registry.timelines import TimelineRegistry
+from orchestrator.registry.webhooks import WebhookRegistry
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -38,6 +39,7 @@ class Registry:
         self.audit = AuditRegistry(database)
         self.fleet = FleetRegistry(database)
         self.rewrap = RewrapRegistry(database)
+        self.webhooks = WebhookRegistry(database)
         self.admissions = AdmissionRegistry(database)
         self.timelines = TimelineRegistry(database)
         self.health = HealthRegistry(database)

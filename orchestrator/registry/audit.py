@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditRegistry"]
 
+PAGE = 1000
 PAGE_TIMEOUT_S = 10.0  # a filter that few rows pass may have to look at many
 
 
@@ -72,7 +73,7 @@ class AuditRegistry:
     async def sequenced(self, chain: str) -> AsyncIterator[AuditRow]:
         """The rows of one chain in order, read a page at a time."""
         after = 0
-        while page := await self._database.fetch(sql("sequenced_rows"), chain, after, timeout_s=30):
+        while page := await self._database.fetch(sql("sequenced_rows"), chain, after, PAGE, timeout_s=30):
             for record in page:
                 yield AuditRow.of(record)
             after = page[-1]["seq"]
@@ -103,6 +104,20 @@ class AuditRegistry:
             await connection.execute(sql("custom_plans"))
             rows = await connection.fetch(query, *chain, after, user_id, action, since, until, limit)
         return [AuditRow.of(row) for row in rows]
+
+    async def following(self, product_id: UUID | None, after: int, limit: int) -> list[AuditRow]:
+        """The next sequenced rows: of one product's chain after a `seq`, or of all after a `position`."""
+        if product_id is None:
+            rows = await self._database.fetch(sql("sequenced_rows_of_all"), after, limit)
+        else:
+            rows = await self._database.fetch(sql("sequenced_rows"), str(product_id), after, limit)
+        return [AuditRow.of(row) for row in rows]
+
+    async def last_seq(self, product_id: UUID | None) -> int:
+        """The last `seq` of a product's chain, or the last `position` of all; 0 before the first."""
+        if product_id is None:
+            return int(await self._database.fetchval(sql("last_position")))
+        return int(await self._database.fetchval(sql("last_seq"), str(product_id)) or 0)
 
     async def unsequenced(self) -> tuple[int, float]:
         """How many rows wait for their position, and the age of the oldest in seconds."""

@@ -32,8 +32,9 @@ class RewrapRegistry:
         return row["total"], row["done"]
 
     async def batch(self, master_key_id: str, rewrap: Callable[[str, str], str], limit: int) -> int:
-        """Store up to `limit` keys again; how many. `rewrap(ciphertext, master_key_id)` gives the new ciphertext.
+        """Store up to `limit` keys, and as many secrets of webhooks, again; how many it was.
 
+        `rewrap(ciphertext, master_key_id)` gives the new ciphertext.
         Rows that another replica works on are left to it.
         """
         async with self._database.transaction(timeout_s=10) as connection:
@@ -46,7 +47,15 @@ class RewrapRegistry:
                     [rewrap(row["key_enc"], row["master_key_id"]) for row in rows],
                     master_key_id,
                 )
-            return len(rows)
+            hooks = await connection.fetch(sql("rewrap_webhooks_batch"), master_key_id, limit)
+            if hooks:
+                await connection.execute(
+                    sql("rewrapped_webhooks"),
+                    [row["id"] for row in hooks],
+                    [rewrap(row["secret_enc"], row["master_key_id"]) for row in hooks],
+                    master_key_id,
+                )
+            return len(rows) + len(hooks)
 
     async def finish(self, master_key_id: str, total: int) -> None:
         await self._database.execute(sql("finish_rewrap"), master_key_id, total)

@@ -11,7 +11,19 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["ALL_SCOPES", "NOBODY", "AuditHead", "AuditRow", "Caller", "Engine", "EngineKey", "PlatformKey", "Product"]
+__all__ = [
+    "ALL_SCOPES",
+    "NOBODY",
+    "Attempt",
+    "AuditHead",
+    "AuditRow",
+    "Caller",
+    "ClaimedWebhook",
+    "Engine",
+    "EngineKey",
+    "PlatformKey",
+    "Product",
+]
 
 NOBODY = "nobody"  # owns the lease of an operation that waits to be taken over
 ALL_SCOPES = frozenset({"read", "admit", "manage"})
@@ -175,3 +187,31 @@ class AuditRow:
     @classmethod
     def of(cls, record: asyncpg.Record) -> Self:
         return cls(**dict(record))
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedWebhook:
+    """A webhook that one worker holds. `seq`: the last row dealt with; `attempts`: failures of the one after it."""
+
+    id: UUID
+    product_id: UUID
+    url: str
+    events: list[str]
+    secret_enc: str
+    master_key_id: str
+    seq: int
+    attempts: int
+    lease_generation: int
+    now_s: float  # the database's time of the claim, in Unix seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at a delivery. `status`: `delivered`, `pending` (again after `delay_s`) or `parked`."""
+
+    seq: int
+    action: str
+    status: str
+    response_status: int | None
+    error: str | None
+    delay_s: float

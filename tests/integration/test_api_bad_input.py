@@ -45,6 +45,7 @@ ON_ENGINE = (
     ("POST", "/rotate-key"),
     ("POST", "/keep-alive"),
     ("GET", "/wait?status=running"),
+    ("GET", "/logs"),
 )
 
 
@@ -346,10 +347,15 @@ async def test_methods(served: Served, caller: Caller) -> None:
         "/engines/ann/recover": {"POST"},
         "/engines/ann/keep-alive": {"POST"},
         "/engines/ann/wait": {"GET"},
+        "/engines/ann/logs": {"GET"},
         "/engines": {"GET"},
         "/status": {"GET"},
         "/metrics": {"GET"},
         "/audit": {"GET"},
+        "/events": {"GET"},
+        "/webhooks": {"GET", "POST"},
+        "/webhooks/x": {"DELETE"},
+        "/webhooks/x/deliveries": {"GET"},
         "/products": {"GET"},
         "/products/register": {"POST", "DELETE"},  # the shape of a product's own path
         f"/products/{caller.product_id}": {"DELETE"},

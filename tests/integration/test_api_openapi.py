@@ -33,6 +33,8 @@ FORMATS: dict[str, Callable[[str], object]] = {"uuid": UUID, "date-time": dateti
 
 NOBODYS_ID = UUID("0a8f1f4e-98b8-4a35-9d3c-0e8f5f5a4c11")
 
+OTHER_CONTENT = {"/events": "text/event-stream"}
+
 
 class Document:
     """Finds the operation of a call and compares its answer with what is documented."""
@@ -157,7 +159,7 @@ async def test_every_operation_says_everything(document: Document) -> None:
     for method, path, operation in document.operations():
         assert operation["summary"]
         names.add(operation["operationId"])
-        assert operation["responses"]["200"]["content"]["application/json"]["schema"]
+        assert operation["responses"]["200"]["content"][OTHER_CONTENT.get(path, "application/json")]["schema"]
         in_path = {parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "path"}
         assert in_path == set(re.findall(r"\{(\w+)\}", path))
         for parameter in operation.get("parameters", []):
@@ -234,6 +236,8 @@ async def test_every_answer_is_as_documented(served: Served, api: Api, admin: Ap
     await as_admin("PUT", policy, {"policy": {"rate_limit_rpm": 1}})
     for _ in range(2):
         await call("POST", "/engines/ann/admit", {})
+    await call("GET", "/engines/ann/logs?tail=2")
+    await call("GET", "/engines/ann/logs?tail=-1")
     await call("GET", "/engines/ann/wait?status=stopped")
     await call("GET", "/engines/ann/wait?status=running&timeout_s=0")
     await call("DELETE", "/engines/ann")
@@ -241,6 +245,16 @@ async def test_every_answer_is_as_documented(served: Served, api: Api, admin: Ap
     await call("GET", "/audit?limit=1")
     await call("GET", "/audit?limit=0")
     await as_admin("GET", "/audit?order=desc")
+    async with api.client.stream("GET", "/events", headers={"Last-Event-ID": "0"}) as stream:
+        assert stream.headers["content-type"].partition(";")[0] == "text/event-stream"
+        document.visited.add(("get", "/events", stream.status_code))
+    await call("GET", "/events", headers={"Last-Event-ID": "x"})
+    hook = await call("POST", "/webhooks", {"url": "https://192.0.32.8/hook", "events": ["wake"]})
+    await call("POST", "/webhooks", {"url": "http://127.0.0.1/hook"})
+    await call("GET", "/webhooks")
+    await call("GET", f"/webhooks/{hook[1]['webhook_id']}/deliveries")
+    await call("DELETE", f"/webhooks/{hook[1]['webhook_id']}")
+    await call("DELETE", f"/webhooks/{hook[1]['webhook_id']}")
     await as_admin("GET", "/products")
     keys = f"/products/{api.headers['product_id']}/keys"
     issued = await as_admin("POST", keys, {"scopes": ["read"], "expires_at": "2099-01-01T00:00:00Z"})

@@ -27,8 +27,12 @@ FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) WITH ORDINALITY 
 WHERE a.id = p.id AND a.seq IS NULL
 
 -- name: set_chain_head
-INSERT INTO audit_heads (chain, seq, hash) VALUES ($1, $2, $3)
-ON CONFLICT (chain) DO UPDATE SET seq = excluded.seq, hash = excluded.hash
+WITH head AS (
+    INSERT INTO audit_heads (chain, seq, hash) VALUES ($1, $2, $3)
+    ON CONFLICT (chain) DO UPDATE SET seq = excluded.seq, hash = excluded.hash
+    RETURNING chain
+)
+SELECT pg_notify('orchestrator_audit', chain) FROM head
 
 -- name: chain_heads
 -- Also chains that have rows and, against all rules, no head.
@@ -41,7 +45,18 @@ ORDER BY chain
 -- name: sequenced_rows
 SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms,
        seq, prev_hash, hash
-FROM audit_log WHERE chain = $1 AND seq > $2 ORDER BY seq LIMIT 1000
+FROM audit_log WHERE chain = $1 AND seq > $2 ORDER BY seq LIMIT $3
+
+-- name: sequenced_rows_of_all
+SELECT id, timestamp, product_id, user_id, engine_id, action, actor, status, metadata, duration_ms,
+       seq, prev_hash, hash, position
+FROM audit_log WHERE position > $1 ORDER BY position LIMIT $2
+
+-- name: last_seq
+SELECT seq FROM audit_heads WHERE chain = $1
+
+-- name: last_position
+SELECT position FROM audit_stream
 
 -- name: oldest_unsequenced
 SELECT count(*) AS rows, coalesce(extract(epoch FROM now() - min(timestamp)), 0)::double precision AS age_s

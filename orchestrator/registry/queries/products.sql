@@ -74,7 +74,7 @@ ON CONFLICT (key_hash) DO NOTHING
 SELECT id FROM deployment
 
 -- name: master_key_ids
-SELECT DISTINCT master_key_id FROM engine_keys
+SELECT master_key_id FROM engine_keys UNION SELECT master_key_id FROM webhooks
 
 -- name: revision
 SELECT version_num FROM alembic_version

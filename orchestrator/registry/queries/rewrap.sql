@@ -13,7 +13,8 @@ SELECT 'rewrap', 'admin', 'running', jsonb_build_object('master_key_id', master_
 SELECT master_key_id, finished_at FROM rewrap_job
 
 -- name: rewrap_progress
-SELECT count(*) AS total, count(*) FILTER (WHERE master_key_id = $1) AS done FROM engine_keys
+SELECT count(*) AS total, count(*) FILTER (WHERE master_key_id = $1) AS done
+FROM (SELECT master_key_id FROM engine_keys UNION ALL SELECT master_key_id FROM webhooks) stored
 
 -- name: rewrap_batch
 SELECT engine_id, generation, key_enc, master_key_id FROM engine_keys
@@ -23,6 +24,14 @@ WHERE master_key_id <> $1 LIMIT $2 FOR UPDATE SKIP LOCKED
 UPDATE engine_keys k SET key_enc = r.key_enc, master_key_id = $4
 FROM unnest($1::uuid[], $2::integer[], $3::text[]) AS r (engine_id, generation, key_enc)
 WHERE k.engine_id = r.engine_id AND k.generation = r.generation
+
+-- name: rewrap_webhooks_batch
+SELECT id, secret_enc, master_key_id FROM webhooks WHERE master_key_id <> $1 LIMIT $2 FOR UPDATE SKIP LOCKED
+
+-- name: rewrapped_webhooks
+UPDATE webhooks w SET secret_enc = r.secret_enc, master_key_id = $3
+FROM unnest($1::uuid[], $2::text[]) AS r (id, secret_enc)
+WHERE w.id = r.id
 
 -- name: finish_rewrap
 WITH job AS (
