@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "bind", "run", "serve", "server_config", "worker_app"]
 
+WORKER_ANSWERS_S = 60  # a worker that starts on a busy machine must not be taken for dead
 GRACEFUL_S = 10  # for requests in flight, at SIGTERM
 
 
@@ -97,6 +98,7 @@ def server_config(app: Any, settings: Settings, *, factory: bool = False) -> uvi
         proxy_headers=False,
         timeout_graceful_shutdown=GRACEFUL_S,
         timeout_keep_alive=75,
+        timeout_worker_healthcheck=WORKER_ANSWERS_S,
     )
 
 

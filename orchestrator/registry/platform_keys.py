@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InvalidRequest, ProductNotFound, TooMany
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_KEYS", "PlatformKeyRegistry"]
 
+CHANGE_TIMEOUT_S = 10.0  # other processes may be changing the same product
 MAX_KEYS = 100  # valid ones, of one product
 
 
@@ -22,18 +24,19 @@ class PlatformKeyRegistry:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._turn = asyncio.Lock()  # one connection at a time waits for the product's row: a burst leaves the pool
 
     async def issue(
         self, product_id: UUID, key_hash: str, scopes: list[str], expires_at: datetime | None
     ) -> PlatformKey:
         """Raises `ProductNotFound`, `TooMany`, and `InvalidRequest` when it would have expired already."""
-        async with self._database.transaction() as connection:
+        async with self._turn, self._database.transaction(timeout_s=CHANGE_TIMEOUT_S) as connection:
             await _lock(connection, product_id)
             return await _issue(connection, product_id, key_hash, scopes, expires_at, {})
 
     async def rotate(self, product_id: UUID, key_hash: str, overlap_s: int) -> PlatformKey:
         """A new `manage` key; those that there were end after the overlap. Raises `ProductNotFound`, `TooMany`."""
-        async with self._database.transaction() as connection:
+        async with self._turn, self._database.transaction(timeout_s=CHANGE_TIMEOUT_S) as connection:
             await _lock(connection, product_id)
             await connection.execute(sql("expire_manage_keys"), product_id, overlap_s)
             more = {"rotation": True, "overlap_seconds": overlap_s}
@@ -48,7 +51,7 @@ class PlatformKeyRegistry:
 
     async def revoke(self, product_id: UUID, key_id: UUID) -> bool:
         """At once: no call passes with it any more. False when there is no such key. Raises `ProductNotFound`."""
-        async with self._database.transaction() as connection:
+        async with self._turn, self._database.transaction(timeout_s=CHANGE_TIMEOUT_S) as connection:
             await _lock(connection, product_id)
             return await connection.fetchval(sql("revoke_key"), product_id, key_id) is not None
 

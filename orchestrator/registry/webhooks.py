@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import ProductNotFound, TooMany
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["KEPT_DELIVERIES", "MAX_WEBHOOKS", "WebhookRegistry"]
 
 MAX_WEBHOOKS = 20  # of one product
+CHANGE_TIMEOUT_S = 10.0  # other processes may be changing the same product
 KEPT_DELIVERIES = 200  # of one webhook
 
 
 class WebhookRegistry:
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._turn = asyncio.Lock()
 
     async def create(
         self, product_id: UUID, url: str, events: list[str], secret_enc: str, master_key_id: str
@@ -30,7 +33,8 @@ class WebhookRegistry:
 
         Raises `ProductNotFound`, `TooMany`.
         """
-        async with self._database.transaction() as connection:
+        # One connection at a time waits for the product's row, so that a burst leaves the pool to others.
+        async with self._turn, self._database.transaction(timeout_s=CHANGE_TIMEOUT_S) as connection:
             if await connection.fetchrow(sql("lock_product"), product_id) is None:
                 raise ProductNotFound(str(product_id))
             if await connection.fetchval(sql("count_webhooks"), product_id) >= MAX_WEBHOOKS:

@@ -40,6 +40,16 @@ async def until(holds: Callable[[], Awaitable[object]], timeout_s: float = 20) -
             await asyncio.sleep(0.02)
 
 
+async def accepted(call: Callable[[], Awaitable[tuple[int, Any]]], timeout_s: float = 60) -> tuple[int, Any]:
+    """The answer to a call, made again while the database is too busy (503)."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            answer = await call()
+            if answer[0] != 503:
+                return answer
+            await asyncio.sleep(0.1)
+
+
 async def reaches(api: Api, user_id: str, state: str, timeout_s: float = 30) -> None:
     """The user's engine comes into the state, without an operation where the state is one to stay in."""
     answer = await api.get(f"/engines/{user_id}/wait", params={"status": state, "timeout_s": timeout_s})
