@@ -9,8 +9,8 @@
 set -euo pipefail
 
 name=${1:-engine-orchestrator-base:dev}
-# libstdc++6: compiled packages of Python's need it.
-packages=python3,ca-certificates,libstdc++6$(printf ',%s' "${@:2}" | sed 's/^,$//')
+# libstdc++6: compiled packages of Python's need it; bubblewrap: the sandbox of the engine's tool `bash`.
+packages=python3,ca-certificates,libstdc++6,bubblewrap$(printf ',%s' "${@:2}" | sed 's/^,$//')
 recipe=$({ cat "$0"; echo "$packages"; } | sha256sum | cut -c1-16)
 if [ "$(docker image inspect --format '{{.Config.Labels.recipe}}' "$name" 2>/dev/null)" = "$recipe" ]; then
   echo "base image $name: present"

@@ -13,7 +13,7 @@ COPY LICENSE deploy/ca-certificates.crt* /src/ca/
 COPY pyproject.toml requirements.lock /src/
 COPY deploy/lock_subset.py /src/deploy/
 RUN python3 -m venv --without-pip /opt/venv \
- && python3 /src/deploy/lock_subset.py uvicorn uvloop httptools orjson > /src/engine.lock \
+ && python3 /src/deploy/lock_subset.py uvicorn uvloop httptools orjson httpx > /src/engine.lock \
  && if [ -f /src/ca/ca-certificates.crt ]; then export PIP_CERT=/src/ca/ca-certificates.crt; fi \
  && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check --quiet \
       --only-binary :all: --require-hashes -r /src/engine.lock
@@ -22,6 +22,10 @@ COPY engine /opt/app/engine
 RUN /opt/venv/bin/python -m compileall -q /opt/app /opt/venv/lib && mkdir /opt/data
 
 FROM ${BASE}
+# The sandbox of the tool `bash`; a base made by deploy/base-image.sh has it already.
+RUN command -v bwrap >/dev/null || { apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends bubblewrap \
+ && rm -rf /var/lib/apt/lists/*; }
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/app /opt/app
 # The mount point of the engine's volume, which takes over its owner.

@@ -141,7 +141,13 @@ def _isolation() -> list[str]:
             arguments += ["--ro-bind", path, path]
     for path in _ETC:
         arguments += ["--ro-bind-try", path, path]
-    return [*arguments, "--dev", "/dev", "--tmpfs", "/tmp"]  # noqa: S108 - the sandbox's own
+    # Not bubblewrap's own /dev: for the terminals in it, it makes one more user namespace, which a container refuses.
+    for name in ("null", "zero", "full", "random", "urandom"):
+        arguments += ["--dev-bind-try", f"/dev/{name}", f"/dev/{name}"]
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        arguments += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
+    arguments += ["--symlink", "/proc/self/fd", "/dev/fd"]
+    return [*arguments, "--tmpfs", "/dev/shm", "--tmpfs", "/tmp"]  # noqa: S108 - the sandbox's own
 
 
 async def _spawn(command: list[str]) -> subprocess.Process:
