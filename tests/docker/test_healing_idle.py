@@ -15,23 +15,33 @@ async def run_of(fleet: Fleet, engine: Engine) -> str:
     return str((await fleet.ask(engine, "GET", "/me")).json()["run"])
 
 
+async def thresholds(fleet: Fleet, sleep_s: float, stop_s: float) -> None:
+    """From now on; 0: never."""
+    async with fleet.database() as connection:
+        policy = {"idle_sleep_threshold_s": sleep_s, "idle_stop_threshold_s": stop_s}
+        await connection.execute("UPDATE products SET policy = $1", policy)
+
+
 async def test_idle_asleep_unloaded_and_woken(fleet: Fleet) -> None:
     """Two replicas look after it; whatever is due is done once."""
-    fleet.variables |= {"ORCH_IDLE_SLEEP_THRESHOLD_S": "2", "ORCH_IDLE_STOP_THRESHOLD_S": "6"}
     api = await fleet.open()
     other = await fleet.open()
     idle, busy = await fleet.provision(api, "idle", "busy")
     for engine in (idle, busy):
         await fleet.remember(engine)
     run = await run_of(fleet, idle)
+    found = await fleet.inspect(idle)
     await fleet.flags(busy, busy=1)  # a turn in flight, for as long as this test says
+    await thresholds(fleet, 2, 3600)
     await fleet.becomes(idle, "sleeping", "paused")
+    await thresholds(fleet, 0, 0)
     # A wake is a thaw: the same process.
     await fleet.remembers(other, idle)
     assert await run_of(fleet, idle) == run
+    await thresholds(fleet, 2, 3600)
     await fleet.becomes(idle, "sleeping", "paused")
-    found = await fleet.inspect(idle)
     # Long asleep it gives its memory back, and is still asleep.
+    await thresholds(fleet, 0, 1)
     await fleet.becomes(idle, "sleeping", "exited")
     assert [row["metadata"] for row in await fleet.audit(idle, "sleep")] == [
         {"frozen": True},
@@ -48,7 +58,9 @@ async def test_idle_asleep_unloaded_and_woken(fleet: Fleet) -> None:
     assert (await fleet.inspect(idle))["Id"] == found["Id"]
     assert not await fleet.audit(busy, "sleep")
     await fleet.flags(busy)
+    await thresholds(fleet, 2, 0)
     await fleet.becomes(busy, "sleeping", "paused")
+    await thresholds(fleet, 0, 0)
     await fleet.remembers(other, busy)
     assert not {"health_failed", "reconcile_adopt"} & {*await fleet.actions(idle), *await fleet.actions(busy)}
 

@@ -22,7 +22,8 @@ SELECT extract(epoch FROM now() - greatest(e.running_since, e.keep_alive_until, 
 FROM engines e LEFT JOIN activity a ON a.engine_id = e.id WHERE e.id = $1
 
 -- name: due_unloads
--- Asleep for long, with the process still there. $2: the threshold where the product has none; 0 = never.
+-- Asleep for long, with the process still there. $2: the threshold where the product has none; 0 = never. What fell
+-- asleep a moment ago may have done so after this transaction's now(); only more than that is a clock set back.
 SELECT id, lease_generation FROM (
     SELECT e.id, e.lease_generation, e.slept_at,
            coalesce((p.policy ->> 'idle_stop_threshold_s')::double precision, $2) AS threshold_s
@@ -31,7 +32,7 @@ SELECT id, lease_generation FROM (
       AND e.operation IS NULL AND e.wish IS NULL
 ) asleep
 WHERE threshold_s > 0
-  AND (slept_at IS NULL OR slept_at <= now() - make_interval(secs => threshold_s) OR slept_at > now())
+  AND (slept_at IS NULL OR slept_at <= now() - make_interval(secs => threshold_s) OR slept_at > now() + interval '5 s')
 ORDER BY slept_at LIMIT $3
 
 -- name: clock
