@@ -117,7 +117,8 @@ async def measure(here: World) -> Figures:
             await raw.clear()
             for engine in (await ours.get("/engines?limit=1000")).json()["engines"]:
                 await ours.delete(f"/engines/{engine['user_id']}")
-            await network.delete()
+            for made in (network, await docker.networks.get(f"{NETWORK}-ours")):
+                await made.delete()
             await docker.close()
     return figures
 
