@@ -93,8 +93,10 @@ async def prepare(deployment: Deployment) -> tuple[Api, dict[str, dict[str, Any]
                 await client.post(f"{engines[name]['url']}/exit", headers=headers, json={"code": 3})
             await reaches(api, name, "failed", 60)
     assert replica.stop() == 0
-    for name in ("start", "wake", "recover", "restart", "rotate_key"):
-        deployment.mimic_flags(engines[name]["engine_id"], fail_health=True, no_admin=name == "rotate_key")
+    for name in ("start", "wake", "recover", "restart"):
+        deployment.mimic_flags(engines[name]["engine_id"], fail_health=True)
+    # Well until it is created again for its key, which it cannot take otherwise.
+    deployment.mimic_flags(engines["rotate_key"]["engine_id"], unready_for=HELD_S, no_admin=True)
     for name in ("unload", "stop", "repair", "fail"):
         deployment.mimic_flags(engines[name]["engine_id"], drain=HELD_S, fail_health=name == "fail")
     deployment.mimic_flags(engines["sleep"]["engine_id"], health_delay=HELD_S)
@@ -108,6 +110,8 @@ async def prepare(deployment: Deployment) -> tuple[Api, dict[str, dict[str, Any]
 
 
 async def all_under_way(deployment: Deployment, replica: Replica, names: set[str]) -> None:
+    """Each of them at this replica; on a busy machine the first may be over when the last begins."""
+    seen: set[str] = set()
     async with database(deployment) as connection:
 
         async def look() -> bool:
@@ -115,7 +119,8 @@ async def all_under_way(deployment: Deployment, replica: Replica, names: set[str
                 "SELECT user_id FROM engines WHERE operation = user_id AND host IS NOT NULL AND lease_owner LIKE $1",
                 f"%:{replica.process.pid}:%",
             )
-            return {row["user_id"] for row in rows} >= names
+            seen.update(row["user_id"] for row in rows)
+            return seen >= names
 
         await until(look, 60)
 
@@ -165,7 +170,7 @@ async def test_every_operation_is_taken_over(deployment: Deployment, gone: signa
     if gone is signal.SIGKILL:
         lost.process.wait(10)
     provisioned = (await deployment.api(other.url, before.headers).get("/engines/provision"))[1]
-    for name in ("start", "wake", "recover", "restart", "rotate_key"):
+    for name in ("start", "wake", "recover", "restart"):
         await heal(deployment, engines[name]["engine_id"])
     await heal(deployment, provisioned["engine_id"])
     deployment.mimic_flags(engines["sleep"]["engine_id"])
@@ -237,6 +242,7 @@ async def test_sigterm_lets_finish_or_hands_over(deployment: Deployment) -> None
         assert await connection.fetchval("SELECT count(*) FROM audit_log WHERE action = 'provision'") == 3
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("method", ["freeze", "stop", "start"])
 async def test_a_late_call_of_a_stale_owner_is_put_right(api: Api, served: Served, method: str) -> None:
     """Its lease is lost while its backend call is on its way; that arrives when the next one has long finished."""
