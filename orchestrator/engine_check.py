@@ -37,6 +37,7 @@ Result = Literal["holds", "fails", "not offered", "not tested"]
 TIMEOUT_S = 15.0
 BOOT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
+FROZEN_S = 1.0
 NEEDS_COMMAND = "needs --command, which starts an engine of its own"
 
 
@@ -414,17 +415,23 @@ def _gone_caller(own: _Own) -> str:
         f"POST /execute HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Engine-Key: {engine.key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    before = time.monotonic()
+    idle_before, before = _number(engine.activity(), "idle_seconds"), time.monotonic()
     with own.frozen():
         with socket.create_connection(("127.0.0.1", own.port), timeout=TIMEOUT_S) as connection:
             connection.sendall(head.encode() + body)
-        time.sleep(1)
-    # An answer to a later request: what came before it has been decided.
+        time.sleep(FROZEN_S)
+    # A later request is answered, and then some: what came before it has been decided.
     engine.accepts(engine.key)
-    asked = time.monotonic()
-    activity = engine.activity()
+    time.sleep(FROZEN_S / 2)
+    for _ in range(100):
+        asked = time.monotonic()
+        activity = engine.activity()
+        if time.monotonic() - asked < FROZEN_S / 2:
+            break  # a slower answer cannot tell an idle time that began before the freeze from one that began after it
+    else:
+        raise _Absent("its /health is too slow to tell", "not tested")
     # Without a turn it has been idle since before the freeze.
-    if activity.get("in_flight") or _number(activity, "idle_seconds") < asked - before - 0.1:
+    if activity.get("in_flight") or _number(activity, "idle_seconds") < idle_before + asked - before - 0.1:
         raise _Broken("after a thaw it ran the request of a caller who had hung up meanwhile")
     return "frozen, asked, hung up, thawed: no turn"
 

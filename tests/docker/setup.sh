@@ -126,6 +126,8 @@ case ${1:-start} in
     [ -x /usr/sbin/sshd ] || [ "$(id -u)" != 0 ] || RUNLEVEL=1 apt_install openssh-server openssh-client
     command -v openssl >/dev/null || apt_install openssl
     docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || apt_install docker-compose
+    # Not Docker's: with it the tests of the engine's sandbox run on the host, too.
+    command -v bwrap >/dev/null || [ "$(id -u)" != 0 ] || apt_install bubblewrap
     start_registry registry "$open_port" ''
     start_registry locked-registry "$locked_port" "auth: {htpasswd: {realm: tests, path: $state/htpasswd}}"
     say "ready, Docker Engine $(daemon_answers)"

@@ -61,6 +61,13 @@ async def pending(engine: Engine) -> dict[str, Any]:
             await asyncio.sleep(0.01)
 
 
+async def in_flight(engine: Engine) -> None:
+    """Waits until a turn has been taken, whether or not it has begun."""
+    async with asyncio.timeout(GIVE_UP_S):
+        while not (await engine.client.get("/health")).json()["subsystems"]["activity"]["in_flight"]:  # noqa: ASYNC110 - seen from outside
+            await asyncio.sleep(0)
+
+
 WRITE = {"message": '/tool write_file {"path": "notes/a.txt", "content": "hello"}', "task_id": "task"}
 READ = {"message": '/tool read_file {"path": "notes/a.txt"}', "task_id": "task"}
 
@@ -209,7 +216,10 @@ class TestQuiesce:
         assert not wal.exists() or wal.stat().st_size == 0
         before = engine.brain.path.read_bytes()
         writing = asyncio.create_task(engine.post("/execute", TURN))
-        assert (await engine.get("/history/task")).status_code == 200
+        await in_flight(engine)
+        # The brain works in order: a write that did not wait would be seen by this read.
+        assert len((await engine.get("/history/task")).json()["turns"]) == 1
+        assert not wal.exists() or wal.stat().st_size == 0
         assert (await engine.client.get("/health")).json()["status"] == "ok"
         assert (await engine.post("/admin/quiesce", {"ttl_s": 300})).status_code == 204
         assert engine.brain.path.read_bytes() == before
@@ -237,9 +247,7 @@ class TestQuiesce:
     async def test_a_stop_does_not_wait_for_it(self, engine: Engine) -> None:
         await engine.post("/admin/quiesce", {"ttl_s": 300})
         turn = asyncio.create_task(engine.post("/execute", TURN))
-        async with asyncio.timeout(GIVE_UP_S):
-            while not (await engine.client.get("/health")).json()["subsystems"]["activity"]["in_flight"]:  # noqa: ASYNC110 - seen from outside
-                await asyncio.sleep(0.01)
+        await in_flight(engine)
         assert await engine.app.drain(GIVE_UP_S) == 0
         assert (await turn).status_code == 200
 
