@@ -185,24 +185,29 @@ async def test_a_long_turn_survives_the_idle_threshold_and_a_silent_engine_sleep
     assert await disagreements(deployment) == []
 
 
-async def test_what_was_admitted_just_before_is_seen(api: Api, served: Served) -> None:
+async def test_what_was_admitted_just_before_is_seen(api: Api, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """An admit of another replica that is not written yet when the engine is claimed: the flush tells of it."""
-    await api.provision("ann")
-    async with served.plane.database.transaction() as connection:
-        await connection.execute("UPDATE engines SET running_since = now() - interval '1 hour'")
-        row = await connection.fetchrow("SELECT id, lease_generation FROM engines")
-    assert row is not None
-    served.deployment.mimic_flags(str(row["id"]), no_activity=True)
-    assert await served.plane.healing.sleep_idle(row["id"], row["lease_generation"], 60)
-    await served.plane.registry.admissions.record_activity({row["id"]: 0.5})
-    await settled(served.deployment)
+    engine = await api.provision("ann")
+    served.deployment.mimic_flags(engine["engine_id"], no_activity=True)
+
+    async def long_idle(*, admitted: bool) -> None:
+        async with served.plane.database.transaction() as connection:
+            await connection.execute("UPDATE engines SET running_since = now() - interval '1 hour'")
+            await connection.execute("UPDATE activity SET last_admit_at = now() - interval '1 hour'")
+            row = await connection.fetchrow("SELECT id, lease_generation FROM engines")
+        assert row is not None
+
+        async def flush(*_: Any) -> bool:
+            if admitted:
+                await served.plane.registry.admissions.record_activity({row["id"]: 0.5})
+            return False
+
+        with monkeypatch.context() as patch:
+            patch.setattr(operations, "happens_within", flush)
+            assert await served.plane.healing.sleep_idle(row["id"], row["lease_generation"], 60)
+            await settled(served.deployment)
+
+    await long_idle(admitted=True)
     assert await api.status_of("ann") == "running"
-    # The same without an admit falls asleep.
-    async with served.plane.database.transaction() as connection:
-        await connection.execute("UPDATE engines SET running_since = now() - interval '1 hour'")
-        await connection.execute("UPDATE activity SET last_admit_at = now() - interval '1 hour'")
-        row = await connection.fetchrow("SELECT id, lease_generation FROM engines")
-    assert row is not None
-    assert await served.plane.healing.sleep_idle(row["id"], row["lease_generation"], 60)
-    await settled(served.deployment)
+    await long_idle(admitted=False)
     assert await api.status_of("ann") == "sleeping"
