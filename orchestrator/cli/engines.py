@@ -317,11 +317,9 @@ def _timeline(found: Timeline) -> None:
     for phase in found.phases:
         stalled = phase.name == found.stalled_on
         length = 0 if not total else max(1, round(40 * (phase.duration_ms or 0) / total))
-        bar = (
-            "[bold red]stalled[/]"
-            if stalled
-            else f"[{'yellow' if phase.duration_ms is None else 'cyan'}]{'━' * length}[/]"
-        )
+        bar = f"[bold red]{'━' * length} failed here[/]" if stalled else f"[cyan]{'━' * length}[/]"
+        if phase.duration_ms is None:
+            bar = "[yellow]now …[/]"
         shown.add_row(escape(phase.name), milliseconds(phase.duration_ms), bar)
     out.print(shown)
     if found.last_log:
