@@ -347,7 +347,7 @@ async def test_a_deleted_webhook_is_gone_and_others_are_not_seen(served: Served,
     await insert(served, api, "stop")
     await placed(served)
     await served.plane.webhooks.round()
-    assert receiver.received == []
+    assert set(receiver.seqs) <= {1}  # the registration, if it came before the end
 
 
 # --- targets --------------------------------------------------------------------------------------------------
@@ -394,10 +394,10 @@ async def test_a_name_is_checked_when_it_is_made_and_at_each_delivery(
     answer = await api.post("/webhooks", {"url": "http://inside.test/hook"})
     assert code_of(answer) == (400, "INVALID_REQUEST")
     assert "ORCH_WEBHOOK_ALLOWED_NETWORKS" in answer[1]["error"]["message"]
+    await placed(served)
     status, webhook = await api.post("/webhooks", {"url": f"http://changes.test:{port}/hook"})
     assert status == 200
     addresses["changes.test"] = "10.0.0.1"
-    await placed(served)
     await insert(served, api, "stop")
 
     async def tried() -> bool:
@@ -410,9 +410,9 @@ async def test_a_name_is_checked_when_it_is_made_and_at_each_delivery(
 
 
 async def test_an_address_that_is_allowed_no_more_is_not_called(served: Served, api: Api, receiver: Receiver) -> None:
+    await placed(served)
     webhook = await hook(api, receiver)
     served.plane.webhooks._guard._allowed.clear()
-    await placed(served)
     await insert(served, api, "stop")
 
     async def tried() -> bool:
