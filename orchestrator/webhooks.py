@@ -13,21 +13,23 @@ import random
 import secrets
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 import orjson
 import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 from yarl import URL
 
 from orchestrator import __version__, metrics
 from orchestrator.audit import event_of
-from orchestrator.errors import InvalidRequest, OrchestratorError
+from orchestrator.errors import DatabaseUnavailable, InvalidRequest, OrchestratorError
 from orchestrator.registry.rows import Attempt
 from orchestrator.webhook_targets import Guard, GuardedResolver, RefusedTarget, url_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from uuid import UUID
 
     import asyncpg
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from orchestrator.registry.rows import AuditRow, ClaimedWebhook
 
 __all__ = ["Webhooks", "retry_delay_s", "signature"]
+
+T = TypeVar("T")
 
 log = structlog.get_logger("orchestrator.webhooks")
 
@@ -137,7 +141,7 @@ class Webhooks:
         try:
             seq = await self._deliver_pending(hook, claimed_at)
             if seq is not None:
-                await self._registry.webhooks.release(hook, seq)
+                await _patiently(lambda: self._registry.webhooks.release(hook, seq))
         except OrchestratorError as error:
             # The lease runs out, and the webhook is taken up again where it stands.
             log.warning("webhook_left", webhook_id=str(hook.id), code=error.code, error=error.message)
@@ -148,7 +152,10 @@ class Webhooks:
         """Deliver in order; the last row dealt with, None when the lease is not ours any more."""
         secret = self._keyring.decrypt(hook.secret_enc, hook.master_key_id)
         seq, attempts, leased_at = hook.seq, hook.attempts, claimed_at
-        while rows := await self._registry.audit.following(hook.product_id, seq, PAGE):
+        while True:
+            rows = await _patiently(partial(self._registry.audit.following, hook.product_id, seq, PAGE))
+            if not rows:
+                return seq
             for row in rows:
                 assert row.seq is not None
                 if hook.events and row.action not in hook.events:
@@ -159,13 +166,15 @@ class Webhooks:
                     return seq
                 attempt = await self._attempt(hook, row, secret, attempts, hook.now_s + now - claimed_at)
                 leased_at = time.monotonic()
-                if not await self._registry.webhooks.record(hook, attempt, lease_s=LEASE_S):
+                if not await self._record(hook, attempt):
                     return None
                 metrics.delivered(hook.product_id, "failed" if attempt.status == "pending" else attempt.status)
                 if attempt.status == "pending":
                     return None
                 seq, attempts = row.seq, 0
-        return seq
+
+    async def _record(self, hook: ClaimedWebhook, attempt: Attempt) -> bool:
+        return await _patiently(lambda: self._registry.webhooks.record(hook, attempt, lease_s=LEASE_S))
 
     async def _attempt(self, hook: ClaimedWebhook, row: AuditRow, secret: str, attempts: int, now_s: float) -> Attempt:
         """One POST. `attempts`: how often it has failed so far; `now_s`: the database's time."""
@@ -209,6 +218,19 @@ class Webhooks:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return None, _reason(error)
         return status, None if 200 <= status < 300 else f"HTTP {status}"
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Again while the database is away and the lease lasts: what was delivered must not be delivered twice for that."""
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(DatabaseUnavailable),
+        wait=wait_random_exponential(multiplier=0.1, max=2),
+        stop=stop_after_delay(LEASE_S / 3),
+        reraise=True,
+    ):
+        with attempt:
+            return await call()
+    raise AssertionError("unreachable: the last attempt is raised again")
 
 
 def _is_literal(url: URL) -> bool:
