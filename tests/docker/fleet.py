@@ -65,6 +65,18 @@ def fleet_variables(database_url: str, folder: Path) -> dict[str, str]:
     }
 
 
+class PatientApi(Api):
+    """Asks again when the database had no time: containers that start can stall a small machine for seconds."""
+
+    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                status, answer = await super().call(method, path, body, **dict(options))
+                if status != 503 or answer["error"]["code"] != "DATABASE_UNAVAILABLE":
+                    return status, answer
+                await asyncio.sleep(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A provisioned engine, as its product knows it."""
@@ -110,7 +122,7 @@ class Fleet:
                     headers={"X-Admin-Key": ADMIN_KEY},
                 )
             self._headers = {"X-Platform-Key": answer.json()["platform_api_key"]}
-        api = Api("http://plane", self._headers)
+        api = PatientApi("http://plane", self._headers)
         await api.client.aclose()
         api.client = httpx.AsyncClient(transport=transport, base_url="http://plane", headers=self._headers, timeout=90)
         self._apis.append(api)
