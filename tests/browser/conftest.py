@@ -39,8 +39,8 @@ class Dashboard:
     complaints: list[str] = field(default_factory=list)
 
     def heard(self, message: ConsoleMessage) -> None:
-        # What this orchestrator does not offer, the page is told by a 404, and does without.
-        if message.type == "error" and not re.search(r"/(events|logs|timeline)\b", message.location["url"]):
+        # An engine that is gone meanwhile is told by a 404, and so is what was just asked of it.
+        if message.type == "error" and not re.search(r"/(logs|timeline)\b", message.location["url"]):
             self.complaints.append(message.text)
 
     def unloaded(self, request: Request) -> None:

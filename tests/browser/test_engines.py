@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
 from playwright.async_api import expect
 
 from tests.browser.fleet import put_fleet
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Api, Served
 
 BADGE = ".head .badge"
+
+
+async def say(engine: dict[str, Any], line: str) -> int:
+    """Let an engine write a line into its log."""
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        headers = {"X-Engine-Key": engine["api_key"]}
+        response = await client.post(f"{engine['url']}/say", headers=headers, content=line)
+        return response.status_code
 
 
 def rows(page: Page) -> Locator:
@@ -108,7 +117,9 @@ async def test_the_fleet_is_shown_as_it_changes(open_dashboard: Opener, api: Api
     await expect(running).to_contain_text("1")
     await api.provision("bob")
     await expect(running).to_contain_text("2")
+    await expect(page.locator("#live")).to_have_text("live")
     await api.post("/engines/bob/sleep")
+    await expect(page.get_by_role("region", name="Events")).to_contain_text("bob")
     await expect(running).to_contain_text("1")
     await running.click()
     await expect(rows(page)).to_have_count(1)
@@ -179,3 +190,22 @@ async def test_a_refusal_is_told_in_the_dialog(open_dashboard: Opener, api: Api)
     await expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("ann")
     await page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     await expect(page.locator(BADGE)).to_have_text("destroyed")
+
+
+async def test_one_engine_with_timeline_and_live_log(open_dashboard: Opener, served: Served, api: Api) -> None:
+    engine = await api.provision("ann")
+    dashboard = await open_dashboard()
+    page = dashboard.page
+    await dashboard.visit(f"#/engines/{engine['engine_id']}")
+    operation = page.get_by_role("region", name="Last operation")
+    await expect(operation).to_contain_text("provision")
+    await expect(operation.locator(".phase").first).to_be_visible()
+    log = page.get_by_role("region", name="Log")
+    await expect(log.get_by_role("status")).to_have_text("live")
+    for line in ("the first line", "<b>another</b> line"):
+        assert await say(engine, line) == 204
+        await expect(log.locator(".log")).to_contain_text(line)
+    await log.get_by_role("searchbox").fill("another")
+    await expect(log.locator(".log > div:visible")).to_have_count(1)
+    await expect(page.get_by_role("region", name="Health").locator(".strip [data-status=running]")).to_be_attached()
+    assert dashboard.complaints == []

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
 DASHBOARD = ROOT / "deploy/grafana/dashboard.json"
@@ -57,6 +59,18 @@ def test_dashboard_queries_are_valid(tmp_path: Path) -> None:
     # JSON is YAML, too.
     (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
     assert f"{len(rules)} rules found" in run("promtool", "check", "rules", tmp_path / "rules.yml")
+
+
+def test_everything_asked_for_is_exposed() -> None:
+    metrics.configure("memory")
+    text = metrics.exposition(metrics.Fleet({("shop", "running"): 1}, {"shop": 0}, 0, 0), ["running"]).decode()
+    exposed = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    asked = " ".join([*queries(), (PROMETHEUS / "alerts.yml").read_text()])
+    names = set(re.findall(r"\borchestrator_\w+", asked))
+    assert len(names) > 15
+    for name in names:
+        family = re.sub(r"_(bucket|count|sum)$", "", name)
+        assert {name, family, family.removesuffix("_total")} & exposed, name
 
 
 def test_every_alert_has_its_page_in_the_runbook() -> None:
