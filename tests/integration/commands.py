@@ -26,6 +26,16 @@ PATIENCE_S = 120.0  # for a process on a busy machine
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
+def _hears_ctrl_c() -> None:
+    """A run in the background may have been told to ignore it, and what tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _on_its_terminal() -> None:
+    _hears_ctrl_c()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches it
+
+
 @dataclass
 class Ended:
     code: int | None
@@ -113,6 +123,7 @@ class Commands:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            preexec_fn=_hears_ctrl_c,
         )
 
     @asynccontextmanager
@@ -146,7 +157,7 @@ class Commands:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C reaches it
+            preexec_fn=_on_its_terminal,
         )
         os.close(theirs)
         shown = Terminal(process, ours)
