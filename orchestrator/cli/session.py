@@ -180,7 +180,7 @@ def user_ids(incomplete: str) -> list[str]:
             listed = client.engines(limit=1000).engines
     except Exception:  # noqa: BLE001 - a shell that completes shows no errors
         return []
-    return [engine.user_id for engine in listed if engine.user_id.startswith(incomplete)]
+    return sorted(engine.user_id for engine in listed if engine.user_id.startswith(incomplete))
 
 
 UserId = Annotated[str, typer.Argument(metavar="USER", help="Whose engine.", autocompletion=user_ids)]
