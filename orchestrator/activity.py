@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ class ActivityRecorder:
         self._admitted: dict[UUID, float] = {}
         self._keys: set[UUID] = set()
         self._denied: Counter[tuple[UUID, str, str]] = Counter()
+        self._flushing = asyncio.Lock()
 
     def admitted(self, engine_id: UUID) -> None:
         self._admitted[engine_id] = time.monotonic()
@@ -38,7 +40,14 @@ class ActivityRecorder:
         self._denied[entry] += 1
 
     async def flush(self) -> None:
-        """What cannot be written now is kept for the next flush. Raises `DatabaseUnavailable`."""
+        """Returns when everything noted before is written. What cannot be written now is kept for the next flush.
+
+        Raises `DatabaseUnavailable`.
+        """
+        async with self._flushing:  # one that is under way holds what was noted before
+            await self._flush()
+
+    async def _flush(self) -> None:
         if self._admitted:
             admitted, self._admitted = self._admitted, {}
             now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 import structlog
@@ -36,6 +37,8 @@ class EventWatch:
         self._health = health
         self._reconcile_now = reconcile_now
         self._touched: set[UUID] = set()
+        self._later: set[UUID] = set()
+        self._later_at = 0.0
         self._subscribed = False
         self._task: asyncio.Task[None] | None = None
 
@@ -69,6 +72,9 @@ class EventWatch:
     async def round(self) -> None:
         """Look at what was touched since the last round. What cannot be looked at now is kept for the next one."""
         touched, self._touched = self._touched, set()
+        if self._later and time.monotonic() >= self._later_at:
+            touched |= self._later
+            self._later = set()
         if len(touched) > STORM:
             self._reconcile_now()
             return
@@ -87,8 +93,13 @@ class EventWatch:
 
     async def _look(self, engine_id: UUID) -> None:
         rows = await self._means.registry.engines.here(self._means.location_id, engine_id)
-        if not rows or rows[0]["operation"] is not None:
-            return  # somebody is at it, and these were his doings; or an orphan, for the reconcile loop
+        if not rows:
+            return  # an orphan, for the reconcile loop
+        if rows[0]["operation"] is not None:
+            # Somebody is at it, and these may be his doings; what was not is seen when he is done.
+            self._later.add(engine_id)
+            self._later_at = time.monotonic() + AGAIN_S
+            return
         row = rows[0]
         found = await self._healing.look(engine_id)
         if row["status"] == "running" and found is not None:

@@ -75,6 +75,12 @@ class SecondDaemon:
     def signal(self, number: int) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            # All its threads: one that still runs would answer.
+            deadline = time.monotonic() + 30
+            while any(_state(task) != "T" for task in Path(f"/proc/{self.process.pid}/task").iterdir()):
+                assert time.monotonic() < deadline, "the daemon does not stand still"
+                time.sleep(0.01)
 
     def restart(self, *, live_restore: bool) -> None:
         if self.live_restore is not live_restore or self.process is None:
@@ -156,3 +162,11 @@ def _run(*command: str, check: bool = True) -> None:
     done = subprocess.run(command, capture_output=True, timeout=60)
     if check and done.returncode:
         raise AssertionError(f"{command[0]}: {done.stderr.decode()[-500:]}")
+
+
+def _state(task: Path) -> str:
+    """`T`: stopped."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "T"  # a thread that has ended meanwhile

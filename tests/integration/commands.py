@@ -70,6 +70,12 @@ class Terminal:
                 self._changed.clear()
                 await self._changed.wait()
 
+    async def hides(self) -> None:
+        """What is typed is not drawn any more: before that, a prompt for a secret throws away what was typed."""
+        async with asyncio.timeout(PATIENCE_S):
+            while termios.tcgetattr(self.descriptor)[3] & termios.ECHO:  # noqa: ASYNC110 - it is in another process
+                await asyncio.sleep(0.01)
+
     def read(self) -> None:
         with suppress(OSError):  # the other end is closed
             self.drawn += os.read(self.descriptor, 65536).decode(errors="replace")

@@ -46,6 +46,17 @@ async def actions(deployment: Deployment, engine_id: str) -> list[str]:
     return [row["action"] for row in rows]
 
 
+async def killed(deployment: Deployment, engine: dict[str, Any]) -> None:
+    """By somebody's hand, and gone."""
+    os.kill(await pid_of(engine), signal.SIGKILL)
+
+    async def gone() -> bool:
+        found = (await objects_of(deployment)).get(UUID(engine["engine_id"]))
+        return found is None or found.state is ObjectState.EXITED
+
+    await until(gone)
+
+
 async def reconciled(served: Served) -> None:
     """One pass, and all that it began is over."""
     await reconcile.reconcile(served.plane.means, served.plane.healing)
@@ -72,7 +83,7 @@ async def test_each_ends_as_the_registry_says(api: Api, served: Served) -> None:
     await api.post("/engines/thawed/sleep")
     await api.post("/engines/started/stop")
     backend = served.plane.backend
-    os.kill(await pid_of(engines["killed"]), signal.SIGKILL)
+    await killed(served.deployment, engines["killed"])
     await backend.freeze(UUID(engines["frozen"]["engine_id"]))
     await backend.thaw(UUID(engines["thawed"]["engine_id"]))
     await backend.start(UUID(engines["started"]["engine_id"]))
@@ -99,7 +110,7 @@ async def test_thawed_and_at_work_it_stays_awake(api: Api, served: Served) -> No
 
 async def test_a_brain_that_is_missing_is_never_made_anew(api: Api, served: Served) -> None:
     engine = await api.provision("ann")
-    os.kill(await pid_of(engine), signal.SIGKILL)
+    await killed(served.deployment, engine)
     shutil.move(data_of(served.deployment, engine["engine_id"]), served.deployment.tmp_path / "moved")
     await reconciled(served)
     assert await api.status_of("ann") == "failed"
@@ -218,7 +229,7 @@ async def test_the_command_shows_the_plan_and_carries_it_out(deployment: Deploym
     api = await deployment.product(replica.url)
     engine = await api.provision("ann")
     replica.kill()
-    os.kill(await pid_of(engine), signal.SIGKILL)
+    await killed(deployment, engine)
     shown = await asyncio.to_thread(command, deployment, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "ann" in shown.stdout
