@@ -219,6 +219,10 @@ class EngineBackend(abc.ABC):
         """This backend, making objects with these ceilings instead of the default ones (needs `ceilings`)."""
         return self
 
+    def keeping_data(self) -> EngineBackend:
+        """This backend, for an engine that has data: `create` never makes it anew. Raises `ObjectMissing` instead."""
+        return self
+
     async def set_ceilings(self, engine_id: UUID, *, memory: str | None = None, cpus: float | None = None) -> None:
         """Other ceilings for an existing object, running or not; None: the default one (needs `ceilings`)."""
         raise NotSupported("ceilings", self.name)

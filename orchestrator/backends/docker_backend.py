@@ -81,6 +81,7 @@ class DockerBackend(EngineBackend):
         self._images = Images(client, settings.pull_timeout_s)
         self._spec = ContainerSpec.from_settings(settings, deployment_id)
         self._pin: str | None = None
+        self._keeps_data = False
 
     @classmethod
     def from_settings(cls, settings: Settings, deployment_id: UUID) -> Self:
@@ -114,7 +115,10 @@ class DockerBackend(EngineBackend):
     async def create(self, engine_id: UUID, port: int, env: dict[str, str], image: str) -> EngineEndpoint:
         # A lasting name is used as it is: the daemon says itself when it has no such image (any more).
         resolved = image if is_lasting(image) else await self.resolve_image(image)
-        await self._ensure_volume(engine_id)
+        if self._keeps_data:
+            await self._require_data(engine_id)
+        else:
+            await self._ensure_volume(engine_id)
         name = container_name(engine_id)
         incarnation = int(env.get("ENGINE_INCARNATION", "0"))
         loop = asyncio.get_running_loop()
@@ -133,6 +137,8 @@ class DockerBackend(EngineBackend):
                 if adopted is not None:
                     return adopted
             else:
+                if self._keeps_data:
+                    await self._require_data(engine_id, container)
                 if await self._start_new(container, port, network):
                     return self._endpoint(engine_id, container, config["Labels"])
             if loop.time() > deadline:
@@ -194,6 +200,11 @@ class DockerBackend(EngineBackend):
             view._spec = self._spec.limited(memory, cpus)
         except ConfigurationError as error:
             raise BackendError(f"The product's policy: {error.message}") from None
+        return view
+
+    def keeping_data(self) -> DockerBackend:
+        view = copy.copy(self)
+        view._keeps_data = True
         return view
 
     async def location_id(self) -> UUID:
@@ -376,6 +387,13 @@ class DockerBackend(EngineBackend):
             return dict(await self._client.json("GET", f"volumes/{name}"))
         except NoSuchObject:
             return None
+
+    async def _require_data(self, engine_id: UUID, container: str | None = None) -> None:
+        """Docker makes a missing volume by itself when it makes a container; such a one lacks our labels."""
+        if not await self.has_data(engine_id):
+            if container is not None:
+                await self._containers.remove(container)
+            raise ObjectMissing(str(engine_id))
 
     async def _ensure_volume(self, engine_id: UUID) -> None:
         name = volume_name(engine_id)

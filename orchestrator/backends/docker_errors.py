@@ -26,6 +26,7 @@ _MAX_REASON = 300
 
 _PORT_BUSY = re.compile(r"port is already allocated|address already in use|ports are not available", re.I)
 _NETWORK_FULL = re.compile(r"exchange full|no available (ipv4 )?addresses", re.I)
+_BEING_REMOVED = re.compile(r"marked for removal")
 _GOING_DOWN = re.compile(
     r"shutting down|context canceled|grpc: the client connection is closing|transport is closing|database not open"
     r"|ttrpc: closed|error while dialing"
@@ -87,7 +88,7 @@ def _answer(status: int, message: str) -> BackendError:
         return PortBusy(f"Docker: {said}")
     if _NETWORK_FULL.search(message):
         return NetworkFull(f"Docker: {said}")
-    if status == 404:
+    if status == 404 or _BEING_REMOVED.search(message):
         return NoSuchObject(f"Docker: {said}")
     if status == 409:
         return Conflict(f"Docker: {said}")

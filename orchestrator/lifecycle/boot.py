@@ -82,7 +82,7 @@ async def boot(
     current = found is not None and found.incarnation == lease.engine.incarnation
     cold = not (current and found is not None and found.state is not ObjectState.EXITED)
     if cold and lease.engine.ever_healthy and not await means.act(lease, lambda b: b.has_data(lease.engine.id)):
-        raise EngineFailed(lease.engine.user_id, "data_missing", "its data is missing; restore a snapshot.")
+        raise _data_missing(lease.engine)
 
     made_from = _MadeFrom(newest, ceilings)
     started = time.monotonic()
@@ -286,6 +286,10 @@ async def _start_cold(
     )
 
 
+def _data_missing(engine: Engine) -> EngineFailed:
+    return EngineFailed(engine.user_id, "data_missing", "its data is missing; restore a snapshot.")
+
+
 async def _create(means: Means, lease: Lease, made_from: _MadeFrom, image: str) -> EngineEndpoint:
     means.timelines.of(lease.engine).enter("create")
     # Intent first: the object of this call can be told from every older one, whenever it appears.
@@ -300,9 +304,14 @@ async def _create(means: Means, lease: Lease, made_from: _MadeFrom, image: str) 
     def create(backend: EngineBackend) -> Awaitable[EngineEndpoint]:
         if ceilings != Ceilings():
             backend = backend.limited(memory=ceilings.memory, cpus=ceilings.cpus)
+        if engine.ever_healthy:
+            backend = backend.keeping_data()
         return backend.create(engine.id, port, environment, image)
 
-    return await means.act(lease, create)
+    try:
+        return await means.act(lease, create)
+    except ObjectMissing:  # removed since the look at it
+        raise _data_missing(engine) from None
 
 
 async def _move_port(means: Means, lease: Lease, taken: set[int]) -> None:

