@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from orchestrator import metrics
+from orchestrator.backends.base import BackendObject, EngineEndpoint, ObjectState
 from orchestrator.lifecycle.operations import Parameters
 from orchestrator.lifecycle.transitions import STOP_GRACE_S, Operation, State
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from orchestrator.backends.base import BackendObject
     from orchestrator.lifecycle.flights import Flights
     from orchestrator.lifecycle.means import Means
 
@@ -70,8 +70,16 @@ class Healing:
         return self._flights.count(operation)
 
     async def look(self, engine_id: UUID, container_id: str | None = None) -> BackendObject | None:
-        """What really is there. Raises `BackendUnavailable`, `BackendError`."""
-        return await self._means.backend.pinned(container_id).find(engine_id)
+        """What really is there; only whether it runs where the backend cannot list.
+
+        Raises `BackendUnavailable`, `BackendError`.
+        """
+        backend = self._means.backend.pinned(container_id)
+        if backend.capabilities.listing:
+            return await backend.find(engine_id)
+        if not await backend.is_running(engine_id):
+            return None
+        return BackendObject(engine_id, ObjectState.RUNNING, 0, EngineEndpoint("", 0, container_id))
 
     async def restart(self, engine_id: UUID, generation: int, reason: str, *, adopted: bool = False) -> bool:
         """Bring an engine up that should run. `adopted`: its object was found gone or stopped by somebody's hand."""
