@@ -112,6 +112,8 @@ class Containers:
         except BackendError as error:
             if error.code != BackendError.code:
                 raise
+            if isinstance(error, Conflict) and "is not running" in error.message:
+                return False  # what was meant has ended; somebody may have started it again since
             found = await self.show(container)
             if found is not None and found["State"].get("Running"):
                 raise
