@@ -22,11 +22,12 @@ from orchestrator.settings import load_settings
 if TYPE_CHECKING:
     from bench.world import World
 
-__all__ = ["Figures", "measure"]
+__all__ = ["Figures", "measure", "paired"]
 
 IMAGE = os.environ.get("BENCH_IMAGE", "september-engine:dev")
 NETWORK = "orchestrator-bench"
-ROUNDS = 7
+ROUNDS = 14
+WAKES = 4  # in each round
 BURST = 30
 BURST_ROUNDS = 2
 
@@ -38,6 +39,7 @@ class Figures:
         self.cold_floor: list[float] = []
         self.cold_ours: list[float] = []
         self.wake_floor: list[float] = []
+        self.wake_health: list[float] = []  # the unpause and one GET /health after it
         self.wake_ours: list[float] = []
         self.burst_floor = 0.0
         self.burst_ours = 0.0
@@ -124,23 +126,39 @@ async def measure(here: World) -> Figures:
 
 
 async def _cold_and_wake(raw: _Raw, ours: httpx.AsyncClient, figures: Figures) -> None:
-    for number in range(ROUNDS):
+    """In pairs, the one or the other first: a daemon has moods that last longer than one call."""
+    url = str(ours.base_url)
+    headers = {"X-Platform-Key": ours.headers["X-Platform-Key"]}
+
+    async def raw_cold() -> tuple[Any, str]:
         began = time.perf_counter()
         container, port = await raw.start()
         await raw.until_healthy(port)
         figures.cold_floor.append(time.perf_counter() - began)
+        return container, f"http://127.0.0.1:{port}"
+
+    async def our_cold(user: str) -> None:
         began = time.perf_counter()
-        (await ours.post("/engines/provision", json={"user_id": f"d-{number}"})).raise_for_status()
+        (await ours.post("/engines/provision", json={"user_id": user})).raise_for_status()
         figures.cold_ours.append(time.perf_counter() - began)
-        for _ in range(3):
+
+    for number in range(ROUNDS):
+        user = f"d-{number}"
+        if number % 2:
+            await our_cold(user)
+        container, engine_url = await raw_cold()
+        if not number % 2:
+            await our_cold(user)
+        wake = request_bytes("POST", f"{url}/engines/{user}/admit", headers, b'{"auto_wake":true}')
+        health = request_bytes("GET", f"{engine_url}/health", {})
+        for _ in range(WAKES):
             await container.pause()
             began = time.perf_counter()
             await container.unpause()
-            figures.wake_floor.append(time.perf_counter() - began)
-            (await ours.post(f"/engines/d-{number}/sleep")).raise_for_status()
-            url = str(ours.base_url)
-            headers = {"X-Platform-Key": ours.headers["X-Platform-Key"]}
-            wake = request_bytes("POST", f"{url}/engines/d-{number}/admit", headers, b'{"auto_wake":true}')
+            unpaused = time.perf_counter() - began
+            figures.wake_floor.append(unpaused)
+            figures.wake_health.append(unpaused + await once(health, engine_url))
+            (await ours.post(f"/engines/{user}/sleep")).raise_for_status()
             figures.wake_ours.append(await once(wake, url))
 
 
@@ -167,6 +185,11 @@ async def _burst(raw: _Raw, ours: httpx.AsyncClient, figures: Figures) -> None:
         for user in users:
             (await ours.delete(f"/engines/{user}")).raise_for_status()
     figures.burst_floor, figures.burst_ours = median(floors), median(rates)
+
+
+def paired(ours: list[float], floor: list[float]) -> float:
+    """The median of what ours took longer than the floor measured beside it."""
+    return statistics.median(a - b for a, b in zip(ours, floor, strict=True))
 
 
 def median(values: list[float]) -> float:

@@ -135,32 +135,38 @@ def _was_frozen(means: Means, engine: Engine) -> bool:
 async def _wake(means: Means, lease: Lease, patience_s: float, *, slot_taken: asyncio.Event) -> Booted | None:
     """Thaw what the row records, without a look at it; None: it is not there to be thawed.
 
-    Its health is asked for meanwhile. The question waits at the frozen engine, which answers as soon as it runs.
+    Its health is asked for meanwhile. The question waits at the frozen engine, which answers as soon as it runs: that
+    is milliseconds before Docker says that it has thawed it, and nobody waits for these.
     """
     engine, timeline = lease.engine, means.timelines.of(lease.engine)
     assert engine.url is not None
     started = time.monotonic()
     timeline.enter("thaw")
-    lease.check()
+    thawing = asyncio.ensure_future(means.act(lease, lambda backend: backend.thaw(engine.id)))
     asking = asyncio.ensure_future(
         means.http.health(engine.url, min(patience_s, means.settings.health_check_timeout_s))
     )
     reading = asyncio.ensure_future(means.registry.engines.keys(engine.id))
     try:
-        try:
-            await means.act(lease, lambda backend: backend.thaw(engine.id))
-        except BackendUnavailable:
-            raise
-        except BackendError:
-            return None
+        await asyncio.wait({asking, thawing}, return_when=asyncio.FIRST_COMPLETED)
         slot_taken.set()  # it leaves no queue: nothing is started
+        if not (asking.done() and asking.result().ok):
+            try:
+                await thawing
+            except BackendUnavailable:
+                raise
+            except BackendError:
+                return None
         timeline.enter("probe")
         keys = await reading
         healthy = (await asking).ok
+        if healthy:
+            means.let_finish(thawing)
     finally:
-        asking.cancel()
-        reading.cancel()
-        await asyncio.gather(asking, reading, return_exceptions=True)
+        parts = [asking, reading] if thawing in means.unfinished else [asking, reading, thawing]
+        for part in parts:
+            part.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
     if not healthy:
         await _until_healthy(means, lease, patience_s)
     boot_ms = round((time.monotonic() - started) * 1000)

@@ -82,6 +82,7 @@ class Means:
     start_slots: asyncio.Semaphore = field(repr=False)
     timelines: Timelines = field(default_factory=Timelines, repr=False)
     probe_pace: ProbePace = field(default_factory=ProbePace, repr=False)
+    unfinished: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
     @property
     def ports(self) -> tuple[int, int] | None:
@@ -107,6 +108,19 @@ class Means:
                 await asyncio.wait({task}, timeout=SETTLE_S)
             task.cancel()
             raise
+
+    def let_finish(self, call: asyncio.Task[None]) -> None:
+        """A backend call whose effect was seen: it ends by itself, and how it ends is of no interest any more."""
+        if call.done():
+            return
+        self.unfinished.add(call)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self.unfinished.discard(task)
+            if not task.cancelled():
+                task.exception()
+
+        call.add_done_callback(ended)
 
     async def persist(self, write: Callable[[], Awaitable[T]]) -> T:
         """A fenced write, tried again while the database is away and the lease may still hold."""
