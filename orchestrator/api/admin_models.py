@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, AwareDatetime, Field, StrictInt, StrictStr
 
-from orchestrator.api.models import Request, Timestamp
+from orchestrator.api.models import Answer, Request, Timestamp
 from orchestrator.audit import ACTIONS
 
 __all__ = ["BODIES"]
@@ -21,7 +21,7 @@ def _without_doubles(scopes: list[Scope]) -> list[Scope]:
     return scopes
 
 
-class ListedProduct(BaseModel):
+class ListedProduct(Answer):
     product_id: UUID
     slug: str
     display_name: str
@@ -29,11 +29,11 @@ class ListedProduct(BaseModel):
     engines: int
 
 
-class ProductsAnswer(BaseModel):
+class ProductsAnswer(Answer):
     products: list[ListedProduct]
 
 
-class DeletedProduct(BaseModel):
+class DeletedProduct(Answer):
     product_id: UUID
     status: str = Field(description="`deleted`; `deleting` while engines are still being destroyed, which goes on")
 
@@ -53,14 +53,14 @@ class RotatePlatformKeyRequest(Request):
     )
 
 
-class IssuedKey(BaseModel):
+class IssuedKey(Answer):
     key_id: UUID
     platform_api_key: str = Field(description="shown only here", examples=["pk-sept-…"])
     scopes: list[str]
     expires_at: Timestamp | None
 
 
-class ListedKey(BaseModel):
+class ListedKey(Answer):
     key_id: UUID
     scopes: list[str]
     created_at: Timestamp
@@ -68,23 +68,23 @@ class ListedKey(BaseModel):
     last_used_at: Timestamp | None = Field(description="to the minute")
 
 
-class KeysAnswer(BaseModel):
+class KeysAnswer(Answer):
     keys: list[ListedKey]
 
 
-class RevokedKey(BaseModel):
+class RevokedKey(Answer):
     key_id: UUID
     status: str = Field(examples=["revoked"])
 
 
-class RewrapAnswer(BaseModel):
+class RewrapAnswer(Answer):
     status: str = Field(description="`idle`: keys wait for a POST; `running`; `done`: nothing is left to do")
     total: int = Field(description="stored keys")
     done: int = Field(description="of them under the current master key")
     remaining: int
 
 
-class AuditEntry(BaseModel):
+class AuditEntry(Answer):
     id: int
     seq: int = Field(description="place in the product's chain, without a gap")
     timestamp: Timestamp = Field(description="when the action began")
@@ -100,7 +100,7 @@ class AuditEntry(BaseModel):
     hash: str
 
 
-class AuditAnswer(BaseModel):
+class AuditAnswer(Answer):
     entries: list[AuditEntry]
     next_cursor: str | None = Field(description="for the next page; null on the last one")
 
@@ -123,7 +123,7 @@ class WebhookRequest(Request):
         return [] if "*" in self.events else sorted(set(self.events))
 
 
-class Event(BaseModel):
+class Event(Answer):
     """The `data` of `/events`, and the body of a webhook."""
 
     seq: int
@@ -136,7 +136,7 @@ class Event(BaseModel):
     product_id: UUID | None = Field(None, description="only for the admin key over all products")
 
 
-class ListedWebhook(BaseModel):
+class ListedWebhook(Answer):
     webhook_id: UUID
     url: str
     events: list[str] = Field(description="empty: all")
@@ -147,16 +147,16 @@ class CreatedWebhook(ListedWebhook):
     secret: str = Field(description="shown only here", examples=["whsec-sept-…"])
 
 
-class WebhooksAnswer(BaseModel):
+class WebhooksAnswer(Answer):
     webhooks: list[ListedWebhook]
 
 
-class DeletedWebhook(BaseModel):
+class DeletedWebhook(Answer):
     webhook_id: UUID
     status: str = Field(examples=["deleted"])
 
 
-class Delivery(BaseModel):
+class Delivery(Answer):
     delivery_id: str = Field(description="the `X-Orchestrator-Delivery` of every attempt")
     seq: int = Field(description="of the event")
     action: str
@@ -169,7 +169,7 @@ class Delivery(BaseModel):
     error: str | None
 
 
-class DeliveriesAnswer(BaseModel):
+class DeliveriesAnswer(Answer):
     deliveries: list[Delivery]
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 import structlog
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import compile_path
 
+from orchestrator.api.models import Answer
 from orchestrator.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -76,13 +77,13 @@ BY_PRODUCTS: Final = (
 DEFAULT_RETRY_AFTER_S = 5
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(Answer):
     code: str = Field(description="stable; compare this", examples=["ENGINE_NOT_FOUND"])
     message: str = Field(description="one line for a person")
     details: dict[str, Any] | None = Field(None, description="typed data of this code")
 
 
-class ErrorAnswer(BaseModel):
+class ErrorAnswer(Answer):
     """Every answer that is not 2xx."""
 
     error: ErrorBody

@@ -58,10 +58,16 @@ Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
 Image = Annotated[StrictStr, Field(min_length=1, max_length=512), AfterValidator(_printable)]
 
 
+class Answer(BaseModel):
+    """What is answered; its schema is made when it is first needed, so that the server starts sooner."""
+
+    model_config = ConfigDict(defer_build=True)
+
+
 class Request(BaseModel):
     """Unknown fields are invalid."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 class NoBody(Request):
@@ -102,7 +108,7 @@ class PolicyRequest(Request):
     policy: Policy
 
 
-class ProvisionAnswer(BaseModel):
+class ProvisionAnswer(Answer):
     engine_id: UUID
     user_id: str
     status: str = Field(examples=["running"])
@@ -110,7 +116,7 @@ class ProvisionAnswer(BaseModel):
     api_key: str | None = Field(None, description="absent for the admin key", examples=["sk-sept-…"])
 
 
-class EngineAnswer(BaseModel):
+class EngineAnswer(Answer):
     engine_id: UUID
     user_id: str
     status: str = Field(examples=["running"])
@@ -123,7 +129,7 @@ class EngineAnswer(BaseModel):
     last_health_at: Timestamp | None
 
 
-class AdmitAnswer(BaseModel):
+class AdmitAnswer(Answer):
     admitted: bool
     engine: EngineAnswer | None
     reason: str | None = Field(
@@ -133,7 +139,7 @@ class AdmitAnswer(BaseModel):
     )
 
 
-class ListedEngine(BaseModel):
+class ListedEngine(Answer):
     engine_id: UUID
     user_id: str
     status: str
@@ -144,35 +150,35 @@ class ListedEngine(BaseModel):
     product_id: UUID | None = Field(None, description="only for the admin key over all products")
 
 
-class ListAnswer(BaseModel):
+class ListAnswer(Answer):
     engines: list[ListedEngine]
     total: int = Field(description="of all pages")
 
 
-class StartAnswer(BaseModel):
+class StartAnswer(Answer):
     status: str = Field(examples=["running"])
     url: str | None
 
 
-class StatusAnswer(BaseModel):
+class StatusAnswer(Answer):
     status: str
     engine_id: UUID
 
 
-class RotateKeyAnswer(BaseModel):
+class RotateKeyAnswer(Answer):
     engine_id: UUID
     api_key: str | None = Field(None, description="absent for the admin key", examples=["sk-sept-…"])
     overlap_seconds: int = Field(description="how long the old key stays valid; 0 where nothing of the engine runs")
     restarted: bool = Field(description="the engine could not take the key while it ran and was created again")
 
 
-class TimelinePhase(BaseModel):
+class TimelinePhase(Answer):
     name: str = Field(examples=["pull"])
     started_at: Timestamp
     duration_ms: int | None = Field(description="null while it lasts")
 
 
-class TimelineAnswer(BaseModel):
+class TimelineAnswer(Answer):
     engine_id: UUID
     operation: str | None = Field(description="under way, or the last one", examples=["provision"])
     status: str = Field(description="of the engine", examples=["provisioning"])
@@ -185,34 +191,34 @@ class TimelineAnswer(BaseModel):
     last_log: str | None = Field(description="progress of a pull, else the last line of the engine's log")
 
 
-class KeepAliveAnswer(BaseModel):
+class KeepAliveAnswer(Answer):
     engine_id: UUID
     keep_alive_until: Timestamp | None
 
 
-class LogEntry(BaseModel):
+class LogEntry(Answer):
     timestamp: Timestamp | None = Field(description="null where the line does not tell and the backend does not know")
     stream: str = Field(description="`stdout` or `stderr`; a backend that does not tell them apart says `stdout`")
     line: str
 
 
-class LogsAnswer(BaseModel):
+class LogsAnswer(Answer):
     lines: list[LogEntry]
 
 
-class ProductFleet(BaseModel):
+class ProductFleet(Answer):
     product_id: UUID
     total: int
     by_status: dict[str, int]
 
 
-class Restarts(BaseModel):
+class Restarts(Answer):
     pending: int = Field(description="failed engines that are restarted when their back-off is over")
     parked: int = Field(description="failed engines whose restart waits for the end of an outage")
     gave_up: int = Field(description="failed engines that wait for `recover`, `start` or `admit`")
 
 
-class FleetAnswer(BaseModel):
+class FleetAnswer(Answer):
     total: int
     by_status: dict[str, int]
     health: str = Field(description="`ok`: none failed; `critical`: at least 25 % failed; else `degraded`")
@@ -221,13 +227,13 @@ class FleetAnswer(BaseModel):
     products: list[ProductFleet] | None = Field(None, description="only for the admin key over all products")
 
 
-class Percentiles(BaseModel):
+class Percentiles(Answer):
     p50: float | None
     p95: float | None
     p99: float | None
 
 
-class MetricsAnswer(BaseModel):
+class MetricsAnswer(Answer):
     provisions_1h: int
     crashes_1h: int
     restarts_1h: int
@@ -237,22 +243,22 @@ class MetricsAnswer(BaseModel):
     total_destroys: int
 
 
-class RegisterAnswer(BaseModel):
+class RegisterAnswer(Answer):
     product_id: UUID
     slug: str
     platform_api_key: str = Field(description="shown only here", examples=["pk-sept-…"])
 
 
-class PolicyAnswer(BaseModel):
+class PolicyAnswer(Answer):
     policy: dict[str, Any]
 
 
-class Subsystem(BaseModel):
+class Subsystem(Answer):
     status: str = Field(examples=["ok"])
     detail: str
 
 
-class HealthAnswer(BaseModel):
+class HealthAnswer(Answer):
     status: str = Field(examples=["ok"])
     version: str
     subsystems: dict[str, Subsystem]

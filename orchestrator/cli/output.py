@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typer import rich_utils
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +81,8 @@ def console(*, stderr: bool = False) -> Console:
 
 
 if os.environ.get("NO_COLOR"):
+    from typer import rich_utils
+
     rich_utils.COLOR_SYSTEM = None  # the pages of --help
 
 out = console()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +52,7 @@ def serve() -> None:
     from orchestrator.settings import load_settings
 
     settings = load_settings()  # first: a bad one is told at once, before everything else is imported
+    gc.disable()  # until everything is imported
     from orchestrator.logs import configure_logging
     from orchestrator.server import serve as serve_forever
 
