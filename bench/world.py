@@ -122,6 +122,10 @@ async def world() -> AsyncIterator[World]:
         "ORCH_CATALOG_MOUNT_PATH": str(importlib.resources.files("engine") / "catalog"),
         "ORCH_LOG_FORMAT": "json",
     }
+    # As an operator would: a replica that migrates by itself keeps the libraries for it in memory until its end.
+    subprocess.run(
+        [sys.executable, "-m", "orchestrator", "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL
+    )
     made = World(database_url, root, environment, [], master_key)
     try:
         yield made
