@@ -82,6 +82,7 @@ class DockerBackend(EngineBackend):
         self._spec = ContainerSpec.from_settings(settings, deployment_id)
         self._pin: str | None = None
         self._keeps_data = False
+        self._location: UUID | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings, deployment_id: UUID) -> Self:
@@ -126,6 +127,8 @@ class DockerBackend(EngineBackend):
         while True:
             network = await self._networks.pick()
             config = self._spec.container(engine_id, port, env, resolved, network)
+            if self._location is not None:
+                config["Labels"][LOCATION] = str(self._location)
             report("create")
             try:
                 container = await self._containers.create(name, config)
@@ -209,13 +212,21 @@ class DockerBackend(EngineBackend):
 
     async def location_id(self) -> UUID:
         # The daemon makes a volume once: who comes later gets the first one with its label.
-        found = await self._make_volume(LOCATION_VOLUME, {LOCATION: str(uuid4())})
+        found = await self._volume(LOCATION_VOLUME)
+        if found is None:
+            found = await self._make_volume(LOCATION_VOLUME, {LOCATION: await self._remembered_location()})
         try:
-            return UUID((found.get("Labels") or {}).get(LOCATION, ""))
+            self._location = UUID((found.get("Labels") or {}).get(LOCATION, ""))
         except ValueError:
             raise BackendError(
                 f"The volume '{LOCATION_VOLUME}' lacks its label; it was not made by the orchestrator. Remove it."
             ) from None
+        return self._location
+
+    async def _remembered_location(self) -> str:
+        """The id that the engines here remember, should somebody have pruned the volume; else a new one."""
+        known = {container["Labels"][LOCATION] for container in await self._containers.labelled({LOCATION: None})}
+        return known.pop() if len(known) == 1 else str(uuid4())
 
     async def is_port_free(self, port: int) -> bool:
         if self._client.host.is_remote or self._spec.publish_address is None:

@@ -11,6 +11,8 @@ from orchestrator.backends.docker_errors import Conflict, NoSuchObject
 from orchestrator.errors import BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import aiodocker
 
     from orchestrator.backends.docker_client import DockerClient
@@ -51,9 +53,9 @@ class Containers:
         except NoSuchObject:
             return None
 
-    async def labelled(self, labels: dict[str, str]) -> list[Any]:
-        """Containers with these labels, in every state, in one call."""
-        filters = {"label": [f"{name}={value}" for name, value in labels.items()]}
+    async def labelled(self, labels: Mapping[str, str | None]) -> list[Any]:
+        """Containers with these labels (None: of any value), in every state, in one call."""
+        filters = {"label": [name if value is None else f"{name}={value}" for name, value in labels.items()]}
         return await self._client.call(lambda docker: docker.containers.list(all=True, filters=filters))
 
     async def start(self, container: str) -> None:

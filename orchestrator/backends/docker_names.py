@@ -33,7 +33,8 @@ PORT = "engine-orchestrator.port"
 # On networks that we made; they are shared by the deployments of one daemon.
 NETWORK = "engine-orchestrator.network"
 
-# One per daemon, shared by its deployments: made once and never changed.
+# One per daemon, shared by its deployments: made once and never changed. Containers carry it too: they remember it
+# when somebody prunes the volume, which no container uses.
 LOCATION = "engine-orchestrator.location"
 LOCATION_VOLUME = "engine-orchestrator-location"
 

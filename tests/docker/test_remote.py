@@ -18,8 +18,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from orchestrator.backends.base import EventKind
+from orchestrator.backends.docker_names import LOCATION_VOLUME
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError
-from tests.docker.daemon import missing, require_docker
+from tests.docker.daemon import docker, missing, require_docker
 from tests.docker.harness import DockerHarness
 from tests.docker.second_daemon import SecondDaemon, second_daemon
 
@@ -163,6 +164,17 @@ async def test_two_daemons_are_two_locations(tls: RemoteHarness, ssh: RemoteHarn
         assert places[0] != places[2]
     finally:
         await local.close()
+
+
+async def test_a_location_outlives_a_prune_of_its_volume(tls: RemoteHarness) -> None:
+    backend = await tls.backend()
+    location, engine_id = await backend.location_id(), uuid4()
+    await backend.create(engine_id, tls.free_port(), tls.env(engine_id), tls.image)
+    await backend.stop(engine_id)
+    docker("volume", "rm", LOCATION_VOLUME, host=tls.cli_host)
+    assert await (await tls.backend()).location_id() == location
+    assert LOCATION_VOLUME in docker("volume", "ls", "--quiet", host=tls.cli_host).split()
+    await backend.destroy(engine_id)
 
 
 async def test_tls_without_the_right_certificate(tls: RemoteHarness, tmp_path: Path) -> None:
