@@ -37,6 +37,7 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/reference_docs.py --check
 
 # The references that are made from the code: docs/configuration.md and docs/api.md.
 docs: setup

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import httpx
 import pytest
 
 from orchestrator.backends.base import ObjectState
@@ -248,3 +251,56 @@ async def test_a_running_engine_whose_start_got_no_answer_is_adopted(
         if (await place.api.get("/engines/ann"))[1]["status"] == "stopped":
             assert (await place.api.post("/engines/ann/start"))[0] == 200
         assert (await place.api.admit("ann"))["admitted"]
+
+
+async def test_the_log_is_read_and_followed_over_a_restart(
+    harness: DockerHarness, database_url: str, tmp_path: Path
+) -> None:
+    async with docker_plane(harness, database_url, tmp_path) as place:
+        engine = await place.api.provision("ann")
+
+        async def say(line: str) -> None:
+            async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+                headers = {"X-Engine-Key": engine["api_key"]}
+                (await client.post(f"{engine['url']}/say", headers=headers, content=line)).raise_for_status()
+
+        async def written(line: str) -> None:
+            async def is_there() -> bool:
+                _, body = await place.api.get("/engines/ann/logs?tail=50")
+                return line in [entry["line"] for entry in body["lines"]]
+
+            await until(is_there, 60)
+
+        await say("before")
+        await written("before")
+        followed: asyncio.Queue[str] = asyncio.Queue()
+
+        async def follow() -> None:
+            async with place.api.client.stream("GET", "/engines/ann/logs?follow=true&tail=50") as answer:
+                assert answer.headers["content-type"].startswith("application/x-ndjson")
+                async for line in answer.aiter_lines():
+                    followed.put_nowait(json.loads(line)["line"])
+
+        async def comes(line: str) -> None:
+            async with asyncio.timeout(60):
+                while await followed.get() != line:
+                    pass
+
+        following = asyncio.create_task(follow())
+        await comes("before")
+        await say("while it runs")
+        await comes("while it runs")
+        assert (await place.api.post("/engines/ann/stop"))[0] == 200
+        status, body = await place.api.get("/engines/ann/logs?tail=1")
+        assert (status, len(body["lines"])) == (200, 1)  # of a stopped engine, too
+        assert datetime.fromisoformat(body["lines"][0]["timestamp"])
+        assert (await place.api.post("/engines/ann/start"))[0] == 200
+        await say("after a restart")
+        await comes("after a restart")
+        following.cancel()
+        await asyncio.wait({following})
+        await until(lambda: _nobody_follows(place), 60)
+
+
+async def _nobody_follows(place: Place) -> bool:
+    return place.plane.followers == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import os
 import re
 import secrets
@@ -18,15 +19,18 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import httpx
 import pytest
 
+from orchestrator.backends.base import EngineBackend
+from orchestrator.settings import load_settings
 from tests.conftest import url_of
 from tests.integration.checks import database
-from tests.integration.conftest import free_port
+from tests.integration.conftest import ADMIN_KEY, MASTER_KEY, free_port
 from tests.integration.steps import until
 
 if TYPE_CHECKING:
@@ -44,8 +48,7 @@ ELSEWHERE = {
     r"make run\b.*": "tests/integration/test_dev.py",
     r"make test\b.*": ".ci/run",
     r"make (bench|images)\b.*": ".ci/run",
-    # Not run by any test yet: only the images that it names are (tests/docker/test_images.py).
-    r"docker(-| )compose .*": "deploy/compose.yaml",
+    r"docker(-| )compose .*": "tests/docker/test_deployment.py",
     r"(orchestrator|make run ARGS=.?)\s*dev .*docker.*": "tests/docker",
     r"(promtool|systemd-analyze) .*": "tests/unit/test_deploy.py",
     r"orchestrator (events|engines logs|chat)\b.*": "tests/integration/test_cli_streams.py",
@@ -218,3 +221,28 @@ async def test_backup_and_restore(served: Served, api: Api) -> None:
         assert str(await connection.fetchval("SELECT id FROM engines WHERE user_id = 'ann'")) == engine["engine_id"]
     async with database(url_of(url, "postgres")) as connection:
         await connection.execute(f'DROP DATABASE "{urlsplit(restored).path[1:]}" WITH (FORCE)')
+
+
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_examples_in_python_are_python(document: Path) -> None:
+    for code in PYTHON.findall(document.read_text()):
+        compile(code, document.name, "exec")
+
+
+def test_the_example_of_a_backend_is_one() -> None:
+    """Loaded as its reader would, by the interface of today."""
+    (code,) = PYTHON.findall((ROOT / "docs" / "write-a-backend.md").read_text())
+    example: dict[str, Any] = {}
+    exec(compile(code, "write-a-backend.md", "exec"), example)
+    settings = load_settings(
+        _env_file=None, database_url="postgresql://localhost/x", master_key=MASTER_KEY, admin_key=ADMIN_KEY
+    )
+    backend = example["CloudBackend"].from_settings(settings, uuid4())
+    assert isinstance(backend, EngineBackend)  # and nothing of it is left abstract
+    for name in EngineBackend.__abstractmethods__ - {"from_settings"}:
+        ours, theirs = getattr(EngineBackend, name), getattr(type(backend), name)
+        if callable(ours):
+            assert list(inspect.signature(theirs).parameters) == list(inspect.signature(ours).parameters), name
