@@ -126,7 +126,7 @@ class DockerBackend(EngineBackend):
         deadline = loop.time() + _CREATE_PATIENCE_S
         while True:
             network = await self._networks.pick()
-            config = self._spec.container(engine_id, port, env, resolved, network)
+            config = self._spec.container(engine_id, port, env, resolved, network, has_data=self._keeps_data)
             if self._location is not None:
                 config["Labels"][LOCATION] = str(self._location)
             report("create")
@@ -387,6 +387,8 @@ class DockerBackend(EngineBackend):
             await self._containers.stop(found, _REPLACE_GRACE_S)
         elif theirs == incarnation and found["State"].get("Status") == "created" and number(labels, PORT, 0) == port:
             # Another replica is between making and starting it: both may start it.
+            if self._keeps_data:
+                await self._require_data(engine_id, found["Id"])
             if await self._start_new(found["Id"], port, ""):
                 return self._endpoint(engine_id, found["Id"], labels)
             return None
@@ -400,11 +402,16 @@ class DockerBackend(EngineBackend):
             return None
 
     async def _require_data(self, engine_id: UUID, container: str | None = None) -> None:
-        """Docker makes a missing volume by itself when it makes a container; such a one lacks our labels."""
-        if not await self.has_data(engine_id):
-            if container is not None:
-                await self._containers.remove(container)
-            raise ObjectMissing(str(engine_id))
+        """Raises `ObjectMissing`. The `container` of an empty volume that Docker made instead is removed with it."""
+        if await self.has_data(engine_id):
+            return
+        if container is not None:
+            await self._containers.remove(container)
+            made = await self._volume(volume_name(engine_id))
+            if made is not None and made.get("Labels") == {DEPLOYMENT: str(self._deployment_id)}:
+                with contextlib.suppress(Conflict):  # another replica's container has it: that one removes it
+                    await self._remove_volume(volume_name(engine_id))
+        raise ObjectMissing(str(engine_id))
 
     async def _ensure_volume(self, engine_id: UUID) -> None:
         name = volume_name(engine_id)

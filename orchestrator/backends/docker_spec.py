@@ -81,7 +81,14 @@ class ContainerSpec:
         # The same number for memory and swap: no swap.
         return {"Memory": self.memory, "MemorySwap": self.memory, "NanoCpus": int(self.cpus * _NANO)}
 
-    def container(self, engine_id: UUID, port: int, env: dict[str, str], image: str, network: str) -> dict[str, Any]:
+    def container(
+        self, engine_id: UUID, port: int, env: dict[str, str], image: str, network: str, *, has_data: bool = False
+    ) -> dict[str, Any]:
+        """The body of Docker's create.
+
+        Docker makes a missing volume by itself. For an engine that `has_data` such a one is told by its labels: this
+        deployment's, and no engine's.
+        """
         environment = {
             **env,
             "SQLITE_DB_PATH": "/data/brain.sqlite",
@@ -90,8 +97,7 @@ class ContainerSpec:
         }
         labels = self.labels(engine_id)
         data: dict[str, Any] = {"Type": "volume", "Source": volume_name(engine_id), "Target": "/data"}
-        # The volume exists; should it vanish in between, what Docker makes instead is at least ours.
-        data["VolumeOptions"] = {"Labels": dict(labels)}
+        data["VolumeOptions"] = {"Labels": {DEPLOYMENT: labels[DEPLOYMENT]} if has_data else dict(labels)}
         mounts = [data]
         if self.catalog is not None:
             environment["CATALOG_DIR"] = "/catalog"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class MemoryBackend(EngineBackend):
         self.deployment_id = deployment_id
         self.host = host if host is not None else MemoryHost()
         self.calls: list[tuple[str, UUID | None]] = []
+        self._keeps_data = False
         self._failures: dict[str, deque[_Failure]] = defaultdict(deque)
         self._holds: dict[str, deque[Hold]] = defaultdict(deque)
 
@@ -169,6 +171,8 @@ class MemoryBackend(EngineBackend):
                 self._end(engine_id, found)
             if image in self.host.missing_images:
                 raise ImageNotFound(image)
+            if self._keeps_data and engine_id not in self.host.data:
+                raise ObjectMissing(str(engine_id))
             self.host.data.setdefault(engine_id, {})
             if not self._port_is_free(port):
                 raise PortTaken(port)
@@ -212,6 +216,11 @@ class MemoryBackend(EngineBackend):
             return found is not None and found.state is not ObjectState.EXITED
 
     # --- optional abilities ---------------------------------------------------------------------------
+
+    def keeping_data(self) -> MemoryBackend:
+        view = copy.copy(self)
+        view._keeps_data = True
+        return view
 
     async def location_id(self) -> UUID:
         async with self._call("location_id", None):

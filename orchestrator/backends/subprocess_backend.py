@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import errno
 import fcntl
 import os
@@ -88,6 +89,7 @@ class SubprocessBackend(EngineBackend):
         self._words = shlex.split(settings.subprocess_command)
         self._catalog = settings.catalog_mount_path
         self._location: UUID | None = None
+        self._keeps_data = False
 
     @classmethod
     def from_settings(cls, settings: Settings, deployment_id: UUID) -> SubprocessBackend:
@@ -160,6 +162,11 @@ class SubprocessBackend(EngineBackend):
         return found is not None and found.state is not ObjectState.EXITED
 
     # --- optional abilities ---------------------------------------------------------------------------
+
+    def keeping_data(self) -> SubprocessBackend:
+        view = copy.copy(self)
+        view._keeps_data = True
+        return view
 
     async def location_id(self) -> UUID:
         if self._location is None:
@@ -310,7 +317,7 @@ class SubprocessBackend(EngineBackend):
         if new:
             self._make_folders()
         try:
-            with files.locked(make=new) as lock:
+            with files.locked(make=new and not self._keeps_data) as lock:
                 if lock is None or self._live(files) is not None:
                     return False
                 self._owned(files)
@@ -320,7 +327,7 @@ class SubprocessBackend(EngineBackend):
                     files.write_spec(spec)
                 launch(files, lock, command, self._environment(files, spec))
         except FileNotFoundError:
-            if new:
+            if new and not (self._keeps_data and not files.has_data()):
                 raise
             raise ObjectMissing(str(files.engine_id)) from None
         return True

@@ -94,6 +94,19 @@ async def test_create_of_a_newer_incarnation_replaces_the_object_and_keeps_its_d
     assert await newer.read() == "before"
 
 
+async def test_data_that_is_gone_is_not_made_anew(harness: Harness, backend: EngineBackend) -> None:
+    keeper, engine_id, port = backend.keeping_data(), uuid4(), harness.free_port()
+    with pytest.raises(ObjectMissing):
+        await keeper.create(engine_id, port, harness.env(engine_id), harness.image)
+    assert not await backend.has_data(engine_id)
+    assert not await backend.is_running(engine_id)
+    engine = await make(harness, backend)
+    await engine.write("before")
+    await backend.stop(engine.id)
+    endpoint = await keeper.create(engine.id, engine.endpoint.port, harness.env(engine.id, 2), harness.image)
+    assert await Engine(harness, endpoint, engine.id).read() == "before"
+
+
 async def test_create_of_an_older_incarnation_leaves_the_running_engine_alone(
     harness: Harness, backend: EngineBackend
 ) -> None:

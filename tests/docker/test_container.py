@@ -15,7 +15,7 @@ from orchestrator.backends.docker_backend import DockerBackend
 from orchestrator.backends.docker_client import DockerClient
 from orchestrator.backends.docker_host import find_docker_host
 from orchestrator.backends.docker_networks import Networks
-from orchestrator.errors import BackendError, ConfigurationError
+from orchestrator.errors import BackendError, ConfigurationError, ObjectMissing
 from tests.docker.daemon import IMAGE, docker, inspect, require_docker
 from tests.docker.harness import DockerHarness
 
@@ -292,6 +292,34 @@ async def test_a_strangers_volume_is_never_used(harness: DockerHarness, backend:
         docker("volume", "inspect", volume)
     finally:
         docker("volume", "rm", volume)
+
+
+@pytest.mark.parametrize("by_hand", ["volume rm", "volume rm, and another replica dies after its create"])
+async def test_data_that_goes_in_the_middle_of_a_create_is_not_made_anew(
+    harness: DockerHarness, backend: DockerBackend, monkeypatch: pytest.MonkeyPatch, by_hand: str
+) -> None:
+    engine = await make(harness, backend)
+    volume, name = f"engine-data-{id12(engine.id)}", f"engine-{id12(engine.id)}"
+    docker("rm", "--force", engine.container)
+    pick, env = backend._networks.pick, harness.env(engine.id, 2)
+
+    async def removed_meanwhile() -> str:
+        network = await pick()
+        monkeypatch.undo()
+        docker("volume", "rm", volume)
+        if "replica" in by_hand:
+            config = backend._spec.container(
+                engine.id, engine.endpoint.port, env, await backend.resolve_image(harness.image), network, has_data=True
+            )
+            await backend._containers.create(name, config)
+        return network
+
+    monkeypatch.setattr(backend._networks, "pick", removed_meanwhile)
+    with pytest.raises(ObjectMissing):
+        await backend.keeping_data().create(engine.id, engine.endpoint.port, env, harness.image)
+    assert not await backend.has_data(engine.id)
+    assert not docker("ps", "--all", "--quiet", "--filter", f"name=^{name}$")
+    assert not docker("volume", "ls", "--quiet", "--filter", f"name=^{volume}$")
 
 
 async def test_a_claim_never_touches_the_object_that_came_after(harness: DockerHarness, backend: DockerBackend) -> None:
