@@ -5,25 +5,33 @@ import { lines, request } from "./api.js";
 const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 30000;
 const POLL_MS = 5000;
+const SILENCE_MS = 45000; // the server gives a sign of life every 15 s
 
 /**
  * Calls `onEvent(event)` for each event and `onState("live" | "reconnecting" | "polling")`, until `stop()`.
- * Goes on after the last id that it saw. Where there is no stream, `onEvent(null)` every five seconds.
+ * Goes on after the last id that it saw, also when a connection is dead and nobody says so: after a laptop's sleep, or
+ * a change of network. Where there is no stream, `onEvent(null)` every five seconds.
  */
 export function follow({ onEvent, onState }) {
-  const abort = new AbortController();
+  let stopped = false;
+  let connection = new AbortController();
+  let watchdog = null;
+  let endWait = () => {};
   let lastId = null;
   let delayMs = FIRST_DELAY_MS;
 
   async function read() {
     const headers = { Accept: "text/event-stream" };
     if (lastId !== null) headers["Last-Event-ID"] = lastId;
-    const response = await request("GET", "/events", { headers, signal: abort.signal });
+    connection = new AbortController();
+    isAlive();
+    const response = await request("GET", "/events", { headers, signal: connection.signal });
     onState("live");
     if (lastId !== null) onEvent(null); // what may have happened while nobody listened
     let data = [];
     let id = null;
     for await (const line of lines(response)) {
+      isAlive();
       delayMs = FIRST_DELAY_MS;
       if (line === "") {
         if (id !== null) lastId = id;
@@ -45,18 +53,34 @@ export function follow({ onEvent, onState }) {
     }
   }
 
+  function isAlive() {
+    clearTimeout(watchdog);
+    watchdog = setTimeout(cut, SILENCE_MS);
+  }
+
   const wait = (ms) => new Promise((resolve) => {
     const timer = setTimeout(resolve, ms);
-    abort.signal.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
+    endWait = () => { clearTimeout(timer); resolve(); };
   });
 
+  function cut() {
+    connection.abort();
+  }
+
+  function tryNow() {
+    delayMs = FIRST_DELAY_MS;
+    endWait();
+  }
+
+  window.addEventListener("offline", cut);
+  window.addEventListener("online", tryNow);
+
   (async () => {
-    while (!abort.signal.aborted) {
+    while (!stopped) {
       try {
         await read();
       } catch (error) {
-        if (abort.signal.aborted) return;
-        if (error.status === 401) return;
+        if (stopped || error.status === 401) return;
         if (error.status === 404) {
           onState("polling");
           onEvent(null);
@@ -64,12 +88,20 @@ export function follow({ onEvent, onState }) {
           continue;
         }
       }
-      if (abort.signal.aborted) return;
+      if (stopped) return;
+      clearTimeout(watchdog);
       onState("reconnecting");
       await wait(delayMs * (0.75 + Math.random() / 2));
       delayMs = Math.min(delayMs * 2, LONGEST_DELAY_MS);
     }
   })();
 
-  return () => abort.abort();
+  return () => {
+    stopped = true;
+    clearTimeout(watchdog);
+    window.removeEventListener("offline", cut);
+    window.removeEventListener("online", tryNow);
+    cut();
+    endWait();
+  };
 }

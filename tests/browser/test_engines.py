@@ -127,6 +127,27 @@ async def test_the_fleet_is_shown_as_it_changes(open_dashboard: Opener, api: Api
     assert dashboard.complaints == []
 
 
+async def test_the_stream_goes_on_where_it_was_cut(open_dashboard: Opener, api: Api) -> None:
+    """What happens while the browser is away is shown afterwards: each event once, in its order."""
+    await api.provision("ann")
+    dashboard = await open_dashboard()
+    page = dashboard.page
+    events = page.get_by_role("region", name="Events").get_by_role("listitem")
+    await api.post("/engines/ann/sleep")
+    await expect(events.filter(has_text="sleep")).to_have_count(1)  # the stream has begun, and has a place
+    await page.context.set_offline(True)
+    await expect(page.locator("#live")).to_have_text("reconnecting")
+    await api.post("/engines/ann/start")
+    await api.post("/engines/ann/stop")
+    await page.context.set_offline(False)
+    await expect(page.locator("#live")).to_have_text("live")
+    await expect(events.filter(has_text="stop")).to_have_count(1)
+    actions = await events.locator("code").all_inner_texts()
+    assert sorted(actions) == sorted(set(actions)), actions
+    assert {"sleep", "start", "stop"} <= set(actions)
+    assert actions.index("stop") < actions.index("start") < actions.index("sleep")
+
+
 async def confirm(dashboard: Dashboard, verb: str) -> None:
     await dashboard.page.locator(".actions").get_by_role("button", name=verb, exact=True).click()
     await dashboard.page.get_by_role("dialog").get_by_role("button", name=verb, exact=True).click()
