@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ __all__ = ["Action", "Step", "apply", "difference", "plan", "reconcile", "take_o
 log = structlog.get_logger("orchestrator.reconcile")
 
 BATCH = 50
+ORPHANS_AT_ONCE = 10
 
 
 async def take_over(healing: Healing) -> None:
@@ -124,16 +126,34 @@ async def _orphans(means: Means, unknown: Iterable[BackendObject], *, purge: boo
 
 
 async def apply(means: Means, healing: Healing, steps: list[Step], *, actor: str = "system") -> None:
-    """Begin what each step calls for; one that fails does not hold up the others."""
-    orphans = [step.engine_id for step in steps if step.expected is None]
-    await means.registry.orphans.forget_others(means.location_id, orphans)
+    """Begin what each step calls for; one that fails does not hold up the others.
+
+    Waits for the end of what is done to orphans, a few at a time: some take all their grace. Engines come first.
+    Raises `BackendUnavailable`.
+    """
+    orphans = [step for step in steps if step.expected is None]
+    await means.registry.orphans.forget_others(means.location_id, [step.engine_id for step in orphans])
     for step in steps:
-        try:
-            await _apply(means, healing, step, actor)
-        except BackendUnavailable:
-            raise
-        except OrchestratorError as error:
-            log.warning("step_failed", engine_id=str(step.engine_id), action=step.action.value, error=error.message)
+        if step.expected is not None:
+            await _try(means, healing, step, actor)
+    places = asyncio.Semaphore(ORPHANS_AT_ONCE)
+
+    async def in_turn(step: Step) -> None:
+        async with places:
+            await _try(means, healing, step, actor)
+
+    ends = await asyncio.gather(*(in_turn(step) for step in orphans), return_exceptions=True)
+    if (away := next((end for end in ends if end is not None), None)) is not None:
+        raise away
+
+
+async def _try(means: Means, healing: Healing, step: Step, actor: str) -> None:
+    try:
+        await _apply(means, healing, step, actor)
+    except BackendUnavailable:
+        raise
+    except OrchestratorError as error:
+        log.warning("step_failed", engine_id=str(step.engine_id), action=step.action.value, error=error.message)
 
 
 async def _apply(means: Means, healing: Healing, step: Step, actor: str) -> None:

@@ -32,6 +32,7 @@ from tests.integration.steps import (
 )
 
 if TYPE_CHECKING:
+    from orchestrator.backends.base import BackendObject
     from tests.integration.conftest import Api, Deployment, Served
 
 
@@ -146,6 +147,28 @@ async def test_an_orphan_is_reported_then_stopped_and_its_data_kept(served: Serv
     await reconciled(served)
     assert (await actions(deployment, orphan)).count("reconcile_orphan") == 2, "reported, and stopped"
     assert data_of(deployment, orphan).is_dir()
+
+
+async def test_orphans_do_not_wait_for_each_others_end(
+    served: Served, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user_id in ("ann", "bob", "eve"):
+        await api.provision(user_id)
+    stop, all_at_once = served.plane.healing.stop_orphan, asyncio.Barrier(3)
+
+    async def stop_orphan(orphan: BackendObject) -> None:
+        await all_at_once.wait()
+        await stop(orphan)
+
+    monkeypatch.setattr(served.plane.healing, "stop_orphan", stop_orphan)
+    async with database(served.deployment) as connection:
+        await connection.execute("DELETE FROM engines")
+        await reconciled(served)
+        await connection.execute("UPDATE orphans SET seen_at = now() - interval '11 minutes'")
+    async with asyncio.timeout(60):
+        await reconciled(served)
+    found = await objects_of(served.deployment)
+    assert [one.state for one in found.values()] == [ObjectState.EXITED] * 3
 
 
 async def test_an_orphan_with_a_tombstone_goes_with_its_data(served: Served, orphan: str) -> None:
