@@ -5,6 +5,8 @@ One clear line and an exit code that means something (`output.ExitCode`) for wha
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from orchestrator.cli.output import BY_STATUS, ExitCode, fail
@@ -27,6 +29,7 @@ def main() -> None:
     except OrchestratorError as error:
         sys.exit(fail(error.message, ExitCode.ERROR, name=error.code, details=error.details))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))  # again: at once, and as quietly
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads on: `orchestrator engines list | head`

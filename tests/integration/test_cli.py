@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import shlex
 import stat
 import sys
@@ -182,6 +183,14 @@ async def test_status_and_watch(run: Commands) -> None:
         await terminal.shows("sleep ", 1)
         terminal.type("\x03")
         assert await terminal.ends() == 130
+    async with run.terminal("status", "--watch", "--interval", "0.2") as terminal:
+        await terminal.shows("provision")
+        ended = asyncio.ensure_future(terminal.ends())
+        while not ended.done():  # an impatient person
+            terminal.type("\x03")
+            await asyncio.wait({ended}, timeout=0.005)
+        assert await ended in (130, -signal.SIGINT)
+        assert "Traceback" not in terminal.drawn
 
 
 async def test_audit(run: Commands) -> None:
