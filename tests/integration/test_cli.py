@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import shlex
+import signal
 import stat
 import sys
 from typing import TYPE_CHECKING
