@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import gzip
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -90,6 +94,48 @@ async def test_the_engine_is_given_the_traceparent(exporter: InMemorySpanExporte
     finally:
         await http.close()
         server.close()
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """Takes what an OTLP collector takes."""
+
+    taken: ClassVar[list[tuple[str, ExportTraceServiceRequest]]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.taken.append((self.path, ExportTraceServiceRequest.FromString(body)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_traces_reach_a_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OpenTelemetry's own variables, over its own protocol; the end of the process sends what is left."""
+    Receiver.taken = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("OTEL_SERVICE_NAME", "orchestrator-1")
+        tracing.configure_tracing()
+        try:
+            assert tracing.is_on()
+            with tracing.request_span("HTTP POST", {"traceparent": CALLER}), tracing.span("operation.wake"):
+                pass
+        finally:
+            tracing.shutdown()
+            server.shutdown()
+    (path, request), *_ = Receiver.taken
+    assert path == "/v1/traces"
+    (resource,) = request.resource_spans
+    named = {one.key: one.value.string_value for one in resource.resource.attributes}
+    assert named["service.name"] == "orchestrator-1"
+    spans = {span.name: span for scope in resource.scope_spans for span in scope.spans}
+    assert set(spans) == {"HTTP POST", "operation.wake"}
+    assert all(span.trace_id.hex() == TRACE for span in spans.values())
+    assert spans["operation.wake"].parent_span_id == spans["HTTP POST"].span_id
 
 
 def test_off_costs_nothing() -> None:
