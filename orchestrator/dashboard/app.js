@@ -55,7 +55,7 @@ async function refresh(event = null) {
   const shown = page;
   try {
     await shown.refresh(event);
-    main.dataset.ready = "true";
+    if (shown === page) main.dataset.ready = "true";
   } catch (error) {
     if (shown === page && hasKey()) failed(error);
   } finally {

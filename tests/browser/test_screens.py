@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Api, Served
 
 LOOKS = {"light": (False, 1280), "dark": (True, 1280), "phone": (False, 390), "phone-dark": (True, 390)}
+# What a page has when it is drawn in full.
+WHOLE = {
+    "overview": ".feed li",
+    "engines": "tr[data-row]",
+    "products": "section.product",
+    "engine": ".timeline > *",
+}
 PAGES = {"overview": "#/", "engines": "#/engines", "products": "#/products"}
 
 
@@ -35,6 +42,10 @@ async def test_every_page_in_every_look(open_dashboard: Opener, served: Served, 
         dashboard = await open_dashboard(dark=dark, width=width, height=900 if width > 700 else 844)
         for name, route in {**PAGES, "engine": f"#/engines/{engine['engine_id']}"}.items():
             await dashboard.visit(route)
+            if name == "overview":
+                await api.post("/engines/ann/sleep")
+                await api.admit("ann")
+            await expect(dashboard.page.locator(WHOLE[name]).first).to_be_visible()
             overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert await dashboard.page.evaluate(overflow) <= 0, (look, name)
             if name == "overview":
