@@ -161,9 +161,9 @@ async def _wake(means: Means, lease: Lease, patience_s: float, *, slot_taken: as
         keys = await reading
         healthy = (await asking).ok
         if healthy:
-            means.let_finish(thawing)
+            means.let_finish(engine.id, thawing)
     finally:
-        parts = [asking, reading] if thawing in means.unfinished else [asking, reading, thawing]
+        parts = [asking, reading] if thawing is means.unfinished.get(engine.id) else [asking, reading, thawing]
         for part in parts:
             part.cancel()
         await asyncio.gather(*parts, return_exceptions=True)

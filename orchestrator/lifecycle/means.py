@@ -82,7 +82,7 @@ class Means:
     start_slots: asyncio.Semaphore = field(repr=False)
     timelines: Timelines = field(default_factory=Timelines, repr=False)
     probe_pace: ProbePace = field(default_factory=ProbePace, repr=False)
-    unfinished: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
+    unfinished: dict[UUID, asyncio.Task[None]] = field(default_factory=dict, repr=False)
 
     @property
     def ports(self) -> tuple[int, int] | None:
@@ -98,6 +98,9 @@ class Means:
     async def act(self, lease: Lease, call: Callable[[EngineBackend], Awaitable[T]]) -> T:
         """One backend call, under what is left of the lease, on the object that the claim recorded."""
         lease.check()
+        if (unfinished := self.unfinished.get(lease.engine.id)) is not None:
+            await asyncio.wait({unfinished})
+            lease.check()
         with self.timelines.of(lease.engine).reporting():
             task = asyncio.ensure_future(call(self.object_of(lease.engine)))
         try:
@@ -109,14 +112,17 @@ class Means:
             task.cancel()
             raise
 
-    def let_finish(self, call: asyncio.Task[None]) -> None:
-        """A backend call whose effect was seen: it ends by itself, and how it ends is of no interest any more."""
+    def let_finish(self, engine_id: UUID, call: asyncio.Task[None]) -> None:
+        """A backend call whose effect was seen: it ends by itself, and how it ends is of no interest any more.
+
+        The next call for the engine waits for that: none is overtaken by an older one.
+        """
         if call.done():
             return
-        self.unfinished.add(call)
+        self.unfinished[engine_id] = call
 
         def ended(task: asyncio.Task[None]) -> None:
-            self.unfinished.discard(task)
+            self.unfinished.pop(engine_id, None)
             if not task.cancelled():
                 task.exception()
 

@@ -6,10 +6,12 @@ import asyncio
 import os
 import random
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import httpx
 import pytest
 
+from orchestrator.backends.base import ObjectState
 from orchestrator.lifecycle import operations
 from tests.integration.steps import PASSTHROUGH, database, disagreements, objects_of, pid_of, reaches, settled, until
 
@@ -84,6 +86,34 @@ async def test_a_wake_at_any_point_of_going_to_sleep_ends_running(
         assert await pid_of(engine) == pid  # it answers, and is the same one
     # Each one that did fall asleep was woken once; all the others never slept.
     assert await audited(served.deployment, "wake") == await audited(served.deployment, "sleep") <= POINTS
+
+
+async def test_a_thaw_that_nobody_waited_for_lands_before_the_next_freeze(api: Api, served: Served) -> None:
+    """A wake is answered when the engine answers; what is left of its backend call is not in the way of a sleep."""
+    engine = await api.provision("ann")
+    await api.post("/engines/ann/sleep")
+    backend: Any = served.plane.backend
+    thaw, land = backend.thaw, asyncio.Event()
+
+    async def slow(engine_id: Any) -> None:
+        await thaw(engine_id)
+        await land.wait()
+        await thaw(engine_id)
+
+    backend.thaw = slow
+    assert (await api.admit("ann", auto_provision=False))["admitted"]
+    sleep = asyncio.create_task(api.post("/engines/ann/sleep"))
+
+    async def begun() -> bool:
+        async with database(served.deployment) as connection:
+            return await connection.fetchval("SELECT operation = 'sleep' OR status = 'sleeping' FROM engines") is True
+
+    await until(begun)
+    land.set()
+    assert (await sleep)[0] == 200
+    assert not served.plane.means.unfinished
+    found = (await objects_of(served.deployment))[UUID(engine["engine_id"])]
+    assert found.state is ObjectState.FROZEN
 
 
 async def test_a_wake_between_the_freeze_and_its_record_wins(api: Api, served: Served) -> None:
