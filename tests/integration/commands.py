@@ -26,13 +26,13 @@ PATIENCE_S = 120.0  # for a process on a busy machine
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
-def _hears_ctrl_c() -> None:
+def hears_ctrl_c() -> None:
     """A run in the background may have been told to ignore it, and what tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _on_its_terminal() -> None:
-    _hears_ctrl_c()
+    hears_ctrl_c()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches it
 
 
@@ -129,7 +129,7 @@ class Commands:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_hears_ctrl_c,
+            preexec_fn=hears_ctrl_c,
         )
 
     @asynccontextmanager

@@ -30,6 +30,7 @@ from orchestrator.backends.engine_files import EngineFiles
 from orchestrator.backends.subprocess_backend import SubprocessBackend
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError, ObjectMissing
 from orchestrator.settings import load_settings
+from tests.integration.commands import hears_ctrl_c
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -152,6 +153,7 @@ class World:
             env=os.environ | self.variables(),
             text=True,
             start_new_session=True,
+            preexec_fn=hears_ctrl_c,
         )
         os.close(theirs)
         try:
