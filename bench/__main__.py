@@ -40,6 +40,10 @@ def main(
 
 
 async def _run(only: str, seconds: float) -> None:
+    if not any(only in name for name in MEASUREMENTS):
+        raise typer.BadParameter(
+            f"--only: no measurement has '{only}' in its name; there are {', '.join(MEASUREMENTS)}."
+        )
     table = Table(title="engine-orchestrator: ours beside the floor of the same run", title_justify="left")
     for column in ("measurement", "floor", "ours", "ratio or difference", "gate", ""):
         table.add_column(column, overflow="fold")

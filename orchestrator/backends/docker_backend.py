@@ -32,6 +32,7 @@ from orchestrator.backends.docker_host import find_docker_host, is_loopback
 from orchestrator.backends.docker_logs import after, read_lines
 from orchestrator.backends.docker_names import (
     DEPLOYMENT,
+    ENGINE,
     INCARNATION,
     LOCATION,
     LOCATION_VOLUME,
@@ -172,7 +173,7 @@ class DockerBackend(EngineBackend):
         for last in (False, False, True):
             for container in await self._containers.labelled(self._spec.labels(engine_id)):
                 await self._containers.remove(container["Id"])
-            if not await self.has_data(engine_id):
+            if await self._own_volume(engine_id) is None:
                 return
             try:
                 await self._remove_volume(volume_name(engine_id))
@@ -401,14 +402,21 @@ class DockerBackend(EngineBackend):
         except NoSuchObject:
             return None
 
+    async def _own_volume(self, engine_id: UUID) -> dict[str, Any] | None:
+        """The engine's volume, or the empty one of no engine's that Docker made in its place; never a stranger's."""
+        found = await self._volume(volume_name(engine_id))
+        labels = (found or {}).get("Labels") or {}
+        ours = {DEPLOYMENT: str(self._deployment_id), ENGINE: str(engine_id)}
+        return found if {ENGINE: str(engine_id), **labels} == ours else None
+
     async def _require_data(self, engine_id: UUID, container: str | None = None) -> None:
         """Raises `ObjectMissing`. The `container` of an empty volume that Docker made instead is removed with it."""
         if await self.has_data(engine_id):
             return
         if container is not None:
             await self._containers.remove(container)
-            made = await self._volume(volume_name(engine_id))
-            if made is not None and made.get("Labels") == {DEPLOYMENT: str(self._deployment_id)}:
+            made = await self._own_volume(engine_id)
+            if made is not None and ENGINE not in made["Labels"]:
                 with contextlib.suppress(Conflict):  # another replica's container has it: that one removes it
                     await self._remove_volume(volume_name(engine_id))
         raise ObjectMissing(str(engine_id))

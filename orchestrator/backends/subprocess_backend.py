@@ -327,7 +327,7 @@ class SubprocessBackend(EngineBackend):
                     files.write_spec(spec)
                 launch(files, lock, command, self._environment(files, spec))
         except FileNotFoundError:
-            if new and not (self._keeps_data and not files.has_data()):
+            if new and (not self._keeps_data or files.has_data()):
                 raise
             raise ObjectMissing(str(files.engine_id)) from None
         return True

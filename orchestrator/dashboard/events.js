@@ -24,14 +24,14 @@ export function follow({ onEvent, onState }) {
     const headers = { Accept: "text/event-stream" };
     if (lastId !== null) headers["Last-Event-ID"] = lastId;
     connection = new AbortController();
-    isAlive();
+    expectMore();
     const response = await request("GET", "/events", { headers, signal: connection.signal });
     onState("live");
     if (lastId !== null) onEvent(null); // what may have happened while nobody listened
     let data = [];
     let id = null;
     for await (const line of lines(response)) {
-      isAlive();
+      expectMore();
       delayMs = FIRST_DELAY_MS;
       if (line === "") {
         if (id !== null) lastId = id;
@@ -53,7 +53,7 @@ export function follow({ onEvent, onState }) {
     }
   }
 
-  function isAlive() {
+  function expectMore() {
     clearTimeout(watchdog);
     watchdog = setTimeout(cut, SILENCE_MS);
   }
@@ -87,9 +87,10 @@ export function follow({ onEvent, onState }) {
           await wait(POLL_MS);
           continue;
         }
+      } finally {
+        clearTimeout(watchdog);
       }
       if (stopped) return;
-      clearTimeout(watchdog);
       onState("reconnecting");
       await wait(delayMs * (0.75 + Math.random() / 2));
       delayMs = Math.min(delayMs * 2, LONGEST_DELAY_MS);
@@ -98,7 +99,6 @@ export function follow({ onEvent, onState }) {
 
   return () => {
     stopped = true;
-    clearTimeout(watchdog);
     window.removeEventListener("offline", cut);
     window.removeEventListener("online", tryNow);
     cut();

@@ -142,9 +142,12 @@ async def apply(means: Means, healing: Healing, steps: list[Step], *, actor: str
         async with places:
             await _try(means, healing, step, actor)
 
-    ends = await asyncio.gather(*(in_turn(step) for step in orphans), return_exceptions=True)
-    if (away := next((end for end in ends if end is not None), None)) is not None:
-        raise away
+    try:
+        async with asyncio.TaskGroup() as group:
+            for step in orphans:
+                group.create_task(in_turn(step))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # the first one has ended the others
 
 
 async def _try(means: Means, healing: Healing, step: Step, actor: str) -> None:

@@ -294,32 +294,52 @@ async def test_a_strangers_volume_is_never_used(harness: DockerHarness, backend:
         docker("volume", "rm", volume)
 
 
+async def replaced_by_docker(harness: DockerHarness, backend: DockerBackend, engine: Engine, network: str) -> None:
+    """The volume goes, and a replica dies just after the create for which Docker made an empty one."""
+    docker("volume", "rm", f"engine-data-{id12(engine.id)}")
+    image, env = await backend.resolve_image(harness.image), harness.env(engine.id, 2)
+    config = backend._spec.container(engine.id, engine.endpoint.port, env, image, network, has_data=True)
+    await backend._containers.create(f"engine-{id12(engine.id)}", config)
+
+
+def left_of(engine: Engine) -> str:
+    containers = docker("ps", "--all", "--quiet", "--filter", f"name=^engine-{id12(engine.id)}$")
+    return containers + docker("volume", "ls", "--quiet", "--filter", f"name=^engine-data-{id12(engine.id)}$")
+
+
 @pytest.mark.parametrize("by_hand", ["volume rm", "volume rm, and another replica dies after its create"])
 async def test_data_that_goes_in_the_middle_of_a_create_is_not_made_anew(
     harness: DockerHarness, backend: DockerBackend, monkeypatch: pytest.MonkeyPatch, by_hand: str
 ) -> None:
     engine = await make(harness, backend)
-    volume, name = f"engine-data-{id12(engine.id)}", f"engine-{id12(engine.id)}"
     docker("rm", "--force", engine.container)
-    pick, env = backend._networks.pick, harness.env(engine.id, 2)
+    pick = backend._networks.pick
 
     async def removed_meanwhile() -> str:
         network = await pick()
         monkeypatch.undo()
-        docker("volume", "rm", volume)
         if "replica" in by_hand:
-            config = backend._spec.container(
-                engine.id, engine.endpoint.port, env, await backend.resolve_image(harness.image), network, has_data=True
-            )
-            await backend._containers.create(name, config)
+            await replaced_by_docker(harness, backend, engine, network)
+        else:
+            docker("volume", "rm", f"engine-data-{id12(engine.id)}")
         return network
 
     monkeypatch.setattr(backend._networks, "pick", removed_meanwhile)
     with pytest.raises(ObjectMissing):
-        await backend.keeping_data().create(engine.id, engine.endpoint.port, env, harness.image)
+        await backend.keeping_data().create(engine.id, engine.endpoint.port, harness.env(engine.id, 2), harness.image)
+    assert left_of(engine) == ""
+
+
+async def test_what_docker_made_in_place_of_data_goes_with_the_engine(
+    harness: DockerHarness, backend: DockerBackend
+) -> None:
+    engine = await make(harness, backend)
+    docker("rm", "--force", engine.container)
+    await replaced_by_docker(harness, backend, engine, harness.network)
+    assert left_of(engine) != ""
     assert not await backend.has_data(engine.id)
-    assert not docker("ps", "--all", "--quiet", "--filter", f"name=^{name}$")
-    assert not docker("volume", "ls", "--quiet", "--filter", f"name=^{volume}$")
+    await backend.destroy(engine.id)
+    assert left_of(engine) == ""
 
 
 async def test_a_claim_never_touches_the_object_that_came_after(harness: DockerHarness, backend: DockerBackend) -> None:

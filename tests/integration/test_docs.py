@@ -47,7 +47,8 @@ EXAMPLE = "http://127.0.0.1:9002"  # of an engine, in texts
 ELSEWHERE = {
     r"make run\b.*": "tests/integration/test_dev.py",
     r"make test\b.*": ".ci/run",
-    r"make (bench|images)\b.*": ".ci/run",
+    r"make images\b.*": ".ci/run",
+    r"make bench\b.*": "tests/integration/test_bench.py",
     r"docker(-| )compose .*": "tests/docker/test_deployment.py",
     r"(orchestrator|make run ARGS=.?)\s*dev .*docker.*": "tests/docker",
     r"(promtool|systemd-analyze) .*": "tests/unit/test_deploy.py",
