@@ -13,9 +13,11 @@ from orchestrator.cli.chat import chat
 from orchestrator.cli.completion import completion
 from orchestrator.cli.doctor import doctor
 from orchestrator.cli.engine import engine_app
+from orchestrator.cli.exit_codes import EXIT_CODES_HELP
 from orchestrator.cli.fleet import events, status
-from orchestrator.cli.output import EXIT_CODES_HELP, out
+from orchestrator.cli.output import out
 from orchestrator.cli.reconcile import reconcile
+from orchestrator.cli.serve import serve
 
 __all__ = ["app"]
 
@@ -30,7 +32,7 @@ app = typer.Typer(
 )
 
 THIS_HOST = "This host's orchestrator"
-for command in (server.dev, server.serve, server.migrate, server.config, doctor, reconcile):
+for command in (server.dev, serve, server.migrate, server.config, doctor, reconcile):
     app.command(rich_help_panel=THIS_HOST)(command)
 
 app.add_typer(engine_app, name="engine", rich_help_panel=THIS_HOST)

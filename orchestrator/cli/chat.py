@@ -9,7 +9,8 @@ import typer
 from rich.markup import escape
 
 from orchestrator.cli import output
-from orchestrator.cli.output import ExitCode, err, fail, out, print_json_line
+from orchestrator.cli.exit_codes import ExitCode
+from orchestrator.cli.output import err, fail, out, print_json_line
 from orchestrator.cli.session import ProfileName, UserId
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import typer
 from typer._completion_shared import get_completion_script
 
-from orchestrator.cli.output import ExitCode, fail
+from orchestrator.cli.exit_codes import ExitCode
+from orchestrator.cli.output import fail
 
 __all__ = ["completion"]
 

@@ -12,7 +12,8 @@ import typer
 from rich.markup import escape
 
 from orchestrator.cli import output
-from orchestrator.cli.output import ExitCode, err, out, print_json, progress
+from orchestrator.cli.exit_codes import ExitCode
+from orchestrator.cli.output import err, out, print_json, progress
 from orchestrator.errors import ConfigurationError
 
 if TYPE_CHECKING:

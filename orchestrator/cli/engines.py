@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
+from orchestrator.cli.exit_codes import ExitCode
 from orchestrator.cli.output import (
-    ExitCode,
     age,
     clock,
     confirmed,

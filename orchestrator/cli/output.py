@@ -16,46 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.cli.exit_codes import ExitCode
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ExitCode", "age", "console", "err", "fail", "out", "print_json", "progress", "state", "table"]
+__all__ = ["age", "console", "err", "fail", "out", "print_json", "progress", "state", "table"]
 
 QUIET_S = 0.5  # what takes no longer needs no word
-
-
-class ExitCode:
-    """What the end of a command means to a script."""
-
-    ERROR: Final = 1
-    USAGE: Final = 2
-    NOT_FOUND: Final = 3
-    CONFLICT: Final = 4
-    KEY: Final = 5
-    LIMIT: Final = 6
-    UNAVAILABLE: Final = 7
-    DEADLINE: Final = 8
-    INTERRUPTED: Final = 130
-
-
-EXIT_CODES_HELP = (
-    "Exit codes: 1 failed, 2 wrong usage or input, 3 not found, 4 the state does not allow it (or not admitted), "
-    "5 key missing, wrong or not allowed, 6 rate limit or quota, 7 no connection or unavailable, 8 deadline passed, "
-    "130 interrupted."
-)
-
-BY_STATUS: Final = {
-    400: ExitCode.USAGE,
-    401: ExitCode.KEY,
-    403: ExitCode.KEY,
-    404: ExitCode.NOT_FOUND,
-    408: ExitCode.DEADLINE,
-    409: ExitCode.CONFLICT,
-    413: ExitCode.USAGE,
-    429: ExitCode.LIMIT,
-    503: ExitCode.UNAVAILABLE,
-    504: ExitCode.DEADLINE,
-}
 
 STATE_STYLES: Final = {
     "running": "green",

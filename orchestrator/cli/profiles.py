@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from orchestrator.cli.output import ExitCode, err, fail, out, print_json, table
+from orchestrator.cli.exit_codes import ExitCode
+from orchestrator.cli.output import err, fail, out, print_json, table
 from orchestrator.errors import ConfigurationError
 
 __all__ = ["app"]

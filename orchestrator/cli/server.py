@@ -1,9 +1,8 @@
-"""Commands that run, prepare or show this host's own orchestrator: they need its settings, not its API."""
+"""Commands that try, prepare or show this host's own orchestrator: they need its settings, not its API."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ from rich.markup import escape
 
 from orchestrator.cli.output import err, out, print_json, table
 
-__all__ = ["config", "dev", "migrate", "serve"]
+__all__ = ["config", "dev", "migrate"]
 
 
 def dev(
@@ -45,19 +44,6 @@ def dev(
         ),
         out,
     )
-
-
-def serve() -> None:
-    """Serve in production, as the ORCH_* variables and .env say."""
-    from orchestrator.settings import load_settings
-
-    settings = load_settings()  # first: a bad one is told at once, before everything else is imported
-    gc.disable()  # until everything is imported
-    from orchestrator.logs import configure_logging
-    from orchestrator.server import serve as serve_forever
-
-    configure_logging(settings.log_level, settings.log_format)
-    serve_forever(settings)
 
 
 def migrate() -> None:

@@ -12,7 +12,8 @@ from uuid import UUID
 import typer
 
 from orchestrator.cli import output
-from orchestrator.cli.output import ExitCode, fail, progress
+from orchestrator.cli.exit_codes import ExitCode
+from orchestrator.cli.output import fail, progress
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
