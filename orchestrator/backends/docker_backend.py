@@ -26,7 +26,7 @@ from orchestrator.backends.base import (
 )
 from orchestrator.backends.docker_client import DockerClient
 from orchestrator.backends.docker_containers import Containers, is_live
-from orchestrator.backends.docker_errors import Conflict, NetworkFull, NoSuchObject, PortBusy
+from orchestrator.backends.docker_errors import Conflict, NetworkFull, NoSuchObject, PortBusy, RunLeftBehind
 from orchestrator.backends.docker_events import watch
 from orchestrator.backends.docker_host import find_docker_host, is_loopback
 from orchestrator.backends.docker_logs import after, read_lines
@@ -157,8 +157,9 @@ class DockerBackend(EngineBackend):
             return
         try:
             await self._containers.start(found["Id"])
-        except (NoSuchObject, NetworkFull):
-            # The container is gone, or the network that it was made for has gone or is full: it must be made anew.
+        except (NoSuchObject, NetworkFull, RunLeftBehind):
+            # The container is gone or spoilt, or the network that it was made for has gone or is full: it must be made
+            # anew. Its data is the volume's.
             raise ObjectMissing(str(engine_id)) from None
         except PortBusy:
             raise PortTaken(number(found["Config"]["Labels"], PORT, 0)) from None
@@ -360,6 +361,8 @@ class DockerBackend(EngineBackend):
             if isinstance(error, NoSuchObject):
                 # Its network is gone, or another replica cleared the container away before it was started.
                 self._networks.forget(network)
+                return False
+            if isinstance(error, RunLeftBehind):
                 return False
             raise
         return True

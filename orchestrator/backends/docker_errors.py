@@ -18,7 +18,17 @@ from orchestrator.errors import BackendError, BackendUnavailable, ImageNotFound,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Conflict", "NetworkFull", "NoSuchObject", "PortBusy", "image_error", "map_error", "mapped", "reason"]
+__all__ = [
+    "Conflict",
+    "NetworkFull",
+    "NoSuchObject",
+    "PortBusy",
+    "RunLeftBehind",
+    "image_error",
+    "map_error",
+    "mapped",
+    "reason",
+]
 
 # aiodocker's status for "no connection".
 _NOT_CONNECTED = 900
@@ -29,7 +39,14 @@ _NETWORK_FULL = re.compile(r"exchange full|no available (ipv4 )?addresses", re.I
 _BEING_REMOVED = re.compile(r"marked for removal")
 _GOING_DOWN = re.compile(
     r"shutting down|context canceled|grpc: the client connection is closing|transport is closing|database not open"
-    r"|ttrpc: closed|error while dialing"
+    r"|ttrpc: closed|error while dialing|failed to update store for object type \S+: open : no such file"
+)
+# What containerd says when a daemon that ended in the middle of a start or an exit left its record or folder of the
+# container's last run (moby/moby #38346, #39630, #50040). No later start of that container gets past it.
+_RUN_LEFT_BEHIND = re.compile(
+    r"mkdir \S*/containerd/\S+: file exists|container with (given )?id (already )?exists|id already in use"
+    r"|task \S+ already exists",
+    re.I,
 )
 
 _NO_ACCESS = re.compile(r"unauthorized|authentication required|no basic auth|access denied|forbidden|login", re.I)
@@ -51,6 +68,10 @@ class Conflict(BackendError):
 
 class PortBusy(BackendError):
     """The published port is held by something else."""
+
+
+class RunLeftBehind(BackendError):
+    """Traces of its last run keep the container from starting, for good: only a new one can run."""
 
 
 class NetworkFull(BackendError):
@@ -88,6 +109,8 @@ def _answer(status: int, message: str) -> BackendError:
         return PortBusy(f"Docker: {said}")
     if _NETWORK_FULL.search(message):
         return NetworkFull(f"Docker: {said}")
+    if _RUN_LEFT_BEHIND.search(message):
+        return RunLeftBehind(f"Docker: {said}")
     if status == 404 or _BEING_REMOVED.search(message):
         return NoSuchObject(f"Docker: {said}")
     if status == 409:

@@ -39,6 +39,13 @@ class Engine:
     async def say(self, line: str) -> None:
         await self._harness.say(self.id, self.endpoint, line)
 
+    async def logged(self, backend: EngineBackend, line: str) -> None:
+        """Wait until its log holds the line: Docker writes it down some time after the engine said it."""
+        async with contextlib.aclosing(backend.logs(self.id, tail=1000, follow=True)) as lines:
+            async for one in lines:
+                if one.line == line:
+                    return
+
     async def crash(self) -> None:
         await self._harness.crash(self.id, self.endpoint)
 
@@ -484,6 +491,7 @@ async def test_logs(harness: Harness, backend: EngineBackend) -> None:
         return
     for number in range(5):
         await engine.say(f"line {number}")
+    await engine.logged(backend, "line 4")
     assert [one.line async for one in backend.logs(engine.id, tail=2)] == ["line 3", "line 4"]
     assert [one.line async for one in backend.logs(engine.id, tail=0)] == []
     everything = [one.line async for one in backend.logs(engine.id, tail=1000)]
@@ -497,6 +505,7 @@ async def test_logs_are_followed_until_the_engine_is_destroyed(harness: Harness,
         return  # answered in the test above
     engine = await make(harness, backend)
     await engine.say("before")
+    await engine.logged(backend, "before")
     seen: asyncio.Queue[str] = asyncio.Queue()
 
     async def follow() -> None:

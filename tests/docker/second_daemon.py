@@ -41,6 +41,11 @@ class SecondDaemon:
         return f"unix://{self.socket}"
 
     @property
+    def runs(self) -> Path:
+        """Where its containerd has a folder for each container that runs."""
+        return self.folder / "run/containerd/daemon/io.containerd.runtime.v2.task/moby"
+
+    @property
     def certificates(self) -> Path:
         return self.folder / "client"
 

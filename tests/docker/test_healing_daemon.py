@@ -180,3 +180,18 @@ async def test_a_daemon_that_hangs_blames_no_engine(fleet: Fleet, second: Second
     await fleet.does(well, "reconcile_adopt")
     await fleet.becomes(well, "running", "running")
     await fleet.remembers(api, well)
+
+
+async def test_a_container_that_its_last_run_spoilt_is_made_anew(fleet: Fleet, second: SecondDaemon) -> None:
+    """A daemon that ends in the middle of a start leaves a folder, and no later start gets past it."""
+    await asyncio.to_thread(second.restart, live_restore=True)
+    api = await fleet.open()
+    (engine,) = await fleet.provision(api, "spoilt")
+    await fleet.remember(engine)
+    assert (await api.post("/engines/spoilt/stop"))[0] == 200
+    container = await fleet.docker("inspect", "--format", "{{.Id}}", engine.container)
+    (second.runs / container.strip()).mkdir()
+    status, answer = await api.post("/engines/spoilt/start")
+    assert status == 200, answer
+    await fleet.remembers(api, engine)
+    assert await fleet.docker("inspect", "--format", "{{.Id}}", engine.container) != container
