@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from orchestrator.errors import NotSupported
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from datetime import datetime
     from uuid import UUID
 
@@ -265,10 +265,10 @@ class EngineBackend(abc.ABC):
         """Undo `freeze`. Running: no error. Raises `ObjectMissing` when there is no process left."""
         raise NotSupported("freeze", self.name)
 
-    def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncIterator[LogLine]:
+    def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncGenerator[LogLine, None]:
         """The last `tail` lines, then new ones while `follow` (needs `logs`)."""
         raise NotSupported("logs", self.name)
 
-    def events(self) -> AsyncIterator[BackendEvent]:
+    def events(self) -> AsyncGenerator[BackendEvent, None]:
         """What happens to this deployment's objects, for ever; comes back by itself after a break (needs `events`)."""
         raise NotSupported("events", self.name)

@@ -49,7 +49,7 @@ from orchestrator.backends.docker_spec import ContainerSpec
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError, ObjectMissing, PortTaken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from orchestrator.backends.base import BackendEvent
     from orchestrator.settings import Settings
@@ -298,7 +298,7 @@ class DockerBackend(EngineBackend):
         if container is None or not await self._containers.set_paused(container, paused=paused):
             raise ObjectMissing(str(engine_id))
 
-    async def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncGenerator[LogLine, None]:
         found = await self._find(engine_id)
         if found is None:
             raise ObjectMissing(str(engine_id))

@@ -37,7 +37,7 @@ from orchestrator.backends.base import (
 from orchestrator.errors import BackendError, ImageNotFound, NotSupported, ObjectMissing, PortTaken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from orchestrator.settings import Settings
 
@@ -259,7 +259,7 @@ class MemoryBackend(EngineBackend):
         async with self._call("thaw", engine_id):
             self._alive(engine_id).state = ObjectState.RUNNING
 
-    async def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncGenerator[LogLine, None]:
         self._need(self.capabilities.logs, "logs")
         async with self._call("logs", engine_id):
             if self._owned(engine_id) is None:

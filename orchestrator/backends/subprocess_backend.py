@@ -40,7 +40,7 @@ from orchestrator.backends.log_file import read_log
 from orchestrator.errors import BackendError, BackendUnavailable, ConfigurationError, ObjectMissing, PortTaken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, Iterator
 
     from orchestrator.backends.processes import Identity
     from orchestrator.settings import Settings
@@ -210,7 +210,7 @@ class SubprocessBackend(EngineBackend):
             if not processes.signal_group(self._live_or_missing(files), signal.SIGCONT):
                 raise ObjectMissing(str(engine_id))
 
-    async def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def logs(self, engine_id: UUID, *, tail: int, follow: bool = False) -> AsyncGenerator[LogLine, None]:
         """See the interface; standard output and error are one stream. Following ends when the engine is destroyed."""
         files = self._files(engine_id)
         with _mapped("logs", engine_id):

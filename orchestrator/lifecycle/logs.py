@@ -41,7 +41,7 @@ async def engine_logs(
 async def _lines(means: Means, engine_id: UUID, tail: int, follow: bool) -> AsyncGenerator[LogLine, None]:
     while True:
         try:
-            async with aclosing(means.backend.logs(engine_id, tail=tail, follow=follow)) as lines:  # type: ignore[type-var]  # backends give generators
+            async with aclosing(means.backend.logs(engine_id, tail=tail, follow=follow)) as lines:
                 async for line in lines:
                     yield line
             return
