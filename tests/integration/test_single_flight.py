@@ -127,7 +127,9 @@ async def test_two_destroys_and_a_boot(api: Api, served: Served, monkeypatch: py
         boot = asyncio.create_task(api.post("/engines/provision", {"user_id": "ann"}))
         engine_id = await appears(api, "ann")
         answers = await asyncio.gather(*(api.call("DELETE", "/engines/ann") for _ in range(10)))
-    assert {(status, body["engine_id"]) for status, body in answers} == {(200, engine_id)}
+    seen = {(answer[0], answer[1]["engine_id"]) if answer[0] == 200 else error(answer) for answer in answers}
+    # A call that arrives when all is over finds nothing.
+    assert {(200, engine_id)} <= seen <= {(200, engine_id), (404, "ENGINE_NOT_FOUND")}
     assert (await boot)[0] in (404, 409)
     assert not data_of(served.deployment, engine_id).exists()
     assert await actions(served.deployment, "destroy") == 1
